@@ -1,0 +1,1 @@
+"""ichbench: did this choice really help to segment intracranial hemorrhage on head CT?"""
