@@ -1,0 +1,387 @@
+"""The recipe: everything that can change a score, and nothing else.
+
+One strict, frozen model per stage. A flag is a field of the one stage that reads it, and a stage function gets only
+its own part, so a flag cannot leak. Defaults live here, once. Paths, devices, worker counts, cohorts and seeds are not
+part of a recipe: score = f(recipe, cohort, split, seed).
+
+An *arm* is a TOML file that says why it exists and only what differs from the defaults::
+
+    why = "Level 59, width 96: the swapped reading of the paper's window."
+    [prepare]
+    window = { level_hu = 59, width_hu = 96 }
+
+A *preset* (smoke, small, full) is an overlay of the same form, applied between the defaults and the arm: it says how
+much computing is spent, an arm says what is tried.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ichbench.errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Off = Literal["off"]
+
+
+class Strict(BaseModel):
+    """Unknown keys and wrong types are errors; an instance never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Window(Strict):
+    """A CT grey-level window: HU outside [level - width/2, level + width/2] are set to the nearer end."""
+
+    level_hu: Finite
+    width_hu: Positive
+
+    @property
+    def low_hu(self) -> float:
+        return self.level_hu - self.width_hu / 2
+
+    @property
+    def high_hu(self) -> float:
+        return self.level_hu + self.width_hu / 2
+
+
+class Threshold(Strict):
+    """Grey values outside [low_hu, high_hu] are set to the nearer end, after the window."""
+
+    low_hu: Finite
+    high_hu: Finite
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Threshold:
+        if self.low_hu >= self.high_hu:
+            raise ValueError(f"low_hu ({self.low_hu}) must lie below high_hu ({self.high_hu})")
+        return self
+
+
+class Downsample(Strict):
+    """In-plane reduction by `factor`: pooling of factor x factor blocks, or a cubic spline without anti-aliasing."""
+
+    factor: Annotated[float, Field(gt=1, le=16)] = 2
+    pooling: Literal["max", "average", "sum", "random", "spline"] = "average"
+
+    @model_validator(mode="after")
+    def _whole(self) -> Downsample:
+        if self.pooling != "spline" and self.factor != int(self.factor):
+            raise ValueError(f"pooling {self.pooling!r} needs a whole factor, but factor is {self.factor}; use pooling = 'spline'")
+        return self
+
+
+class PrepareRecipe(Strict):
+    """Case -> Prepared. The paper's flags act in this order, then nnU-Net's own preparation follows."""
+
+    window: Off | Window | Annotated[tuple[Window, ...], Field(min_length=1)] = "off"
+    threshold: Off | Threshold = "off"
+    downsample: Off | Downsample = "off"
+    slice_spacing_mm: Literal["native"] | Positive = "native"
+    #: head: slices that show the head, by HU. reference: slices with a label, training cases only (a leak, marked so).
+    slice_crop: Literal["off", "head", "reference"] = "off"
+    slice_extension: Off | Annotated[int, Field(ge=1)] = "off"
+    neighbour_slices: Off | Annotated[int, Field(ge=1)] = "off"
+    #: flip cases to one common orientation (left, posterior, superior) instead of refusing a mixed cohort
+    reorient: bool = False
+    #: nnunet: keep the file's axis order, as nnU-Net's SimpleITK reader does
+    compatibility: Literal["ichbench", "nnunet"] = "ichbench"
+
+
+class PlanRecipe(Strict):
+    """Fingerprint -> Plan, by nnU-Net's rules."""
+
+    dims: Literal[2, 3] = 3
+    #: what nnU-Net calls the GPU memory target; scales patch and batch size
+    memory_gb: Positive = 8.0
+    base_features: Annotated[int, Field(ge=1)] = 32
+    #: auto: 320 in 3D and 512 in 2D
+    max_features: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    patch_size: Literal["auto"] | tuple[Annotated[int, Field(ge=4)], ...] = "auto"
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    #: working spacing along the plan's axes (coarsest first), mm; auto: nnU-Net's rule
+    spacing_mm: Literal["auto"] | tuple[Positive, ...] = "auto"
+    #: coverage of the median shape below which nnU-Net would add a low-resolution stage (v2: 0.25, the paper: 0.125)
+    lowres_coverage: Probability = 0.25
+
+
+class NetworkRecipe(Strict):
+    """The U-Net beyond what the plan says."""
+
+    convs_per_stage: Annotated[int, Field(ge=1)] = 2
+    leaky_slope: Annotated[float, Field(ge=0)] = 0.01
+    deep_supervision: bool = True
+    #: how many of the lowest decoder levels get no loss (nnU-Net v2: 1; the paper: 2)
+    unsupervised_levels: Annotated[int, Field(ge=0)] = 1
+
+
+class AugmentRecipe(Strict):
+    """Probabilities and ranges of the training transforms (per sample). Zero probability switches one off."""
+
+    mirror: bool = True
+    rotation_probability: Probability = 0.2
+    #: auto: nnU-Net's rule (in plane any angle for thick slices, else 30 degrees about each axis)
+    rotation_degrees: Literal["auto"] | Annotated[float, Field(ge=0, le=180)] = "auto"
+    scaling_probability: Probability = 0.2
+    scaling: tuple[Positive, Positive] = (0.7, 1.4)
+    noise_probability: Probability = 0.1
+    noise_sd: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 0.1)
+    gamma_probability: Probability = 0.3
+    gamma_inverted_probability: Probability = 0.1
+    gamma: tuple[Positive, Positive] = (0.7, 1.5)
+
+
+class EarlyStopping(Strict):
+    """Stop when the moving average of the pseudo-Dice has not risen for `patience` epochs."""
+
+    patience_epochs: Annotated[int, Field(ge=1)] = 30
+
+
+class TrainingRecipe(Strict):
+    """Optimisation, sampling and augmentation."""
+
+    #: how many training cases are used; a number takes the first of a seeded shuffle
+    cases: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    epochs: Annotated[int, Field(ge=1)] = 1000
+    iterations_per_epoch: Annotated[int, Field(ge=1)] = 250
+    validation_iterations: Annotated[int, Field(ge=0)] = 50
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive = 0.01
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    weight_decay: Annotated[float, Field(ge=0)] = 3e-5
+    poly_exponent: Annotated[float, Field(ge=0)] = 0.9
+    gradient_clip: Positive = 12.0
+    loss: Literal["dice_ce", "dice", "ce"] = "dice_ce"
+    #: auto: nnU-Net's rule (pooled over the batch in 2D and below a cascade)
+    batch_dice: Literal["auto"] | bool = "auto"
+    foreground_share: Probability = 0.33
+    #: weight of the old value in the moving average of the pseudo-Dice
+    moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    early_stopping: Off | EarlyStopping = "off"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    augment: AugmentRecipe = AugmentRecipe()
+
+
+class ThresholdRecipe(Strict):
+    """The untrained floor: foreground = HU within [low_hu, high_hu]; 'fit' finds both on the training cases."""
+
+    low_hu: Literal["fit"] | Finite = "fit"
+    high_hu: Literal["fit"] | Finite = "fit"
+
+
+class InferenceRecipe(Strict):
+    """How a mask is made."""
+
+    predictor: Literal["unet", "threshold", "roundtrip", "folder"] = "unet"
+    #: final: weights at the end; best: weights with the highest moving average
+    checkpoint: Literal["final", "best"] = "final"
+    tile_step: Annotated[float, Field(gt=0, le=1)] = 0.5
+    gaussian: bool = True
+    mirror: bool = True
+    threshold: ThresholdRecipe = ThresholdRecipe()
+
+
+class Recipe(Strict):
+    """One method, whole. `DESIGN: score = f(recipe, cohort, split, seed)`."""
+
+    prepare: PrepareRecipe = PrepareRecipe()
+    plan: PlanRecipe = PlanRecipe()
+    network: NetworkRecipe = NetworkRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+    inference: InferenceRecipe = InferenceRecipe()
+
+    @field_validator("plan", mode="after")
+    @classmethod
+    def _axes(cls, plan: PlanRecipe) -> PlanRecipe:
+        for name in ("patch_size", "spacing_mm"):
+            value = getattr(plan, name)
+            if value != "auto" and len(value) != plan.dims:
+                raise ValueError(f"{name} has {len(value)} entries, but dims = {plan.dims}")
+        return plan
+
+    def stage_keys(self) -> dict[str, str]:
+        """A digest per stage: equal digests mean that the stage's part of two recipes is equal."""
+        return {stage: digest(getattr(self, stage).model_dump(mode="json")) for stage in STAGES}
+
+
+STAGES = ("prepare", "plan", "network", "training", "inference")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A named recipe with its reason; `changes` are the keys it sets, e.g. {"prepare.window": ...}."""
+
+    name: str
+    why: str
+    recipe: Recipe
+    changes: dict[str, Any]
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def diff(arm: Recipe, base: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ: {"training.loss": (base value, arm value)}."""
+    ours, theirs = _flat(arm.model_dump(mode="json")), _flat(base.model_dump(mode="json"))
+    return {key: (theirs.get(key), ours.get(key)) for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)}
+
+
+def make_recipe(*overlays: dict[str, Any], source: str = "recipe") -> Recipe:
+    """The defaults with overlays on top, the last one winning; nested tables are merged key by key."""
+    merged: dict[str, Any] = {}
+    for overlay in overlays:
+        merged = _merge(merged, overlay)
+    try:
+        return Recipe.model_validate(_lists_to_tuples(merged))
+    except ValidationError as error:
+        raise InputError(_explain(error, source)) from None
+
+
+def load_arm(name_or_path: str | Path, preset: str | None = None) -> Arm:
+    """An arm by the name of a shipped file (`window_swapped`) or by the path of a TOML file, under a preset."""
+    path, text = _find(str(name_or_path), "")
+    table = parse_toml(text, path)
+    why = table.pop("why", "")
+    if not isinstance(why, str) or not why.strip():
+        raise InputError(f'{path}: an arm must say why it exists; add a line such as why = "..." at the top')
+    overlay = load_preset(preset) if preset else {}
+    recipe = make_recipe(overlay, table, source=path)
+    return Arm(Path(path).stem, why.strip(), recipe, _flat(table))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The overlay of a shipped preset (smoke, small, full) or of a TOML file."""
+    path, text = _find(name, "presets")
+    table = parse_toml(text, path)
+    table.pop("why", None)
+    make_recipe(table, source=path)
+    return table
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """TOML text as a dict; a syntax error names the file and the place."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{source}: not valid TOML: {error}") from None
+
+
+def shipped(folder: str = "") -> dict[str, Any]:
+    """Name -> file of what is shipped in `baselines/` (or its folder `presets` or `studies`)."""
+    root = baselines_root().joinpath(folder) if folder else baselines_root()
+    return {item.name[:-5]: item for item in sorted(root.iterdir(), key=lambda item: item.name) if item.name.endswith(".toml")}
+
+
+def baselines_root() -> Any:
+    """`baselines/` inside an installed wheel, else the folder beside the package in a checkout."""
+    inside = resources.files("ichbench").joinpath("baselines")
+    return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / "baselines"
+
+
+def _find(name: str, folder: str) -> tuple[str, str]:
+    known = shipped(folder)
+    if name in known:
+        return f"{name}.toml", known[name].read_text(encoding="utf-8")
+    path = Path(name)
+    if path.suffix != ".toml":
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"there is no {folder.rstrip('s') or 'arm'} {name!r}{hint} Known: {', '.join(known)}; or give the path of a .toml file")
+    try:
+        return str(path), path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        # only the recipe's own tables are merged; a value that happens to be a table (a window) replaces the old one
+        deep = key in STAGES or key == "augment"
+        merged[key] = _merge(merged[key], value) if deep and isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def _lists_to_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists_to_tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_lists_to_tuples(item) for item in value)
+    return value
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """The first problem in one sentence: where, what came, what is allowed, the nearest known key."""
+    problems = error.errors()
+    # with a union ("off" or a table) pydantic reports every branch; the deepest path is the branch the user meant
+    first = max(problems, key=lambda problem: len(problem["loc"]))
+    where = [str(part) for part in first["loc"]]
+    fields = _fields_at(where[:-1])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where[-1], fields, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"{source}: unknown key {'.'.join(_named(where))!r}; {hint}known keys here: {', '.join(fields) or 'none'}"
+    came = first.get("input")
+    choices = [problem["msg"] for problem in problems if _named([str(part) for part in problem["loc"]]) == _named(where)]
+    return f"{source}: {'.'.join(_named(where))} = {came!r} is not allowed: {'; or '.join(dict.fromkeys(choices))}"
+
+
+def _named(where: list[str]) -> list[str]:
+    """Drop pydantic's names of union branches from a location, keeping only keys a user wrote."""
+    model: Any = Recipe
+    kept: list[str] = []
+    for part in where:
+        if model is not None and part in model.model_fields:
+            kept.append(part)
+            model = _model_of(model, part)
+        elif part.isdigit():
+            kept.append(part)
+        elif model is not None and part == where[-1] and not _is_branch(part):
+            kept.append(part)
+    return kept
+
+
+def _is_branch(part: str) -> bool:
+    return "[" in part or part in {"Window", "Threshold", "Downsample", "EarlyStopping", "int", "float", "bool", "str"}
+
+
+def _model_of(model: type[BaseModel], key: str) -> Any:
+    """The model inside a field's annotation, if there is one (also inside `"off" | Window`)."""
+    queue = [model.model_fields[key].annotation]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, type) and issubclass(item, BaseModel):
+            return item
+        queue.extend(cast(Any, getattr(item, "__args__", ())))
+    return None
+
+
+def _fields_at(where: list[str]) -> list[str]:
+    model: Any = Recipe
+    for part in where:
+        if model is not None and part in model.model_fields:
+            model = _model_of(model, part)
+    return list(model.model_fields) if model is not None else []
