@@ -216,6 +216,8 @@ class Recipe(Strict):
 
 
 STAGES = ("prepare", "plan", "network", "training", "inference")
+#: tables of the recipe that overlays change key by key
+MERGED = (*STAGES, "augment")
 
 
 @dataclass(frozen=True)
@@ -309,9 +311,8 @@ def _find(name: str, folder: str) -> tuple[str, str]:
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        # only the recipe's own tables are merged; a value that happens to be a table (a window) replaces the old one
-        deep = key in STAGES or key == "augment"
-        merged[key] = _merge(merged[key], value) if deep and isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        # a value that happens to be a table (a window) replaces the old one
+        merged[key] = _merge(merged[key], value) if key in MERGED and isinstance(value, dict) and isinstance(merged.get(key), dict) else value
     return merged
 
 
@@ -324,9 +325,10 @@ def _lists_to_tuples(value: Any) -> Any:
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"prepare.window": ...}: a stage's tables are opened, a value that is itself a table (a window) stays whole."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key in MERGED:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
@@ -337,13 +339,15 @@ def _explain(error: ValidationError, source: str) -> str:
     """The first problem in one sentence: where, what came, what is allowed, the nearest known key."""
     problems = error.errors()
     # with a union ("off" or a table) pydantic reports every branch; the deepest path is the branch the user meant
-    first = max(problems, key=lambda problem: len(problem["loc"]))
+    first = max(problems, key=lambda problem: (len(problem["loc"]), problem["type"] == "extra_forbidden"))
     where = [str(part) for part in first["loc"]]
     fields = _fields_at(where[:-1])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where[-1], fields, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         return f"{source}: unknown key {'.'.join(_named(where))!r}; {hint}known keys here: {', '.join(fields) or 'none'}"
+    if first["type"] == "missing":
+        return f"{source}: {'.'.join(_named(where[:-1]))} needs the key {where[-1]!r}, but came as {first.get('input')!r}"
     came = first.get("input")
     choices = [problem["msg"] for problem in problems if _named([str(part) for part in problem["loc"]]) == _named(where)]
     return f"{source}: {'.'.join(_named(where))} = {came!r} is not allowed: {'; or '.join(dict.fromkeys(choices))}"

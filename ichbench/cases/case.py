@@ -3,13 +3,14 @@
 Arrays are indexed (z, y, x), images (c, z, y, x), where z is the slice axis. World coordinates are
 RAS+ millimetres (to the patient's right, anterior, superior).
 `Grid.affine_4x4` maps *array* indices in (z, y, x, 1) order to the world, so its column 0 is one step
-along z. Reading a file permutes its axes so that z is the slice axis and never flips one;
-`Grid.file_axes` records the permutation and writing undoes it.
+along z. Reading a file permutes its axes so that z is the slice axis and never flips one unless asked to reorient;
+`Grid.file_axes` and `Grid.file_flips` record what was done and writing undoes it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,9 @@ class Grid:
     pixdim_zyx_mm       the voxel size as the file's header spells it, when it agrees with the affine. Distances at a
                         tolerance equal to the voxel size (0.42 mm) depend on the last bit, and the official scorer reads
                         this number and not the affine
-    header              the 348 bytes of the NIfTI header it came from, so that a mask is written with the same geometry
+    header              the NIfTI header it came from (348 bytes, 540 for NIfTI-2), so that a mask is written with the same
+                        geometry
+    file_flips          working axis k runs against its file axis (only after `images.reorient`)
     """
 
     shape_zyx: tuple[int, int, int]
@@ -45,6 +48,7 @@ class Grid:
     file_axes: tuple[int, int, int] = (2, 1, 0)
     pixdim_zyx_mm: tuple[float, float, float] | None = None
     header: bytes | None = field(default=None, repr=False)
+    file_flips: tuple[bool, bool, bool] = (False, False, False)
 
     def __post_init__(self) -> None:
         affine = np.array(self.affine_4x4, dtype=np.float64)
@@ -74,6 +78,14 @@ class Grid:
         """Unit vectors of the (z, y, x) axes in RAS+, as columns."""
         columns = self.affine_4x4[:3, :3]
         return np.asarray(columns / np.linalg.norm(columns, axis=0))
+
+    @property
+    def axis_codes_zyx(self) -> str:
+        """Where each of the (z, y, x) axes points, one letter each of L/R, P/A, I/S: "SPL" for most head CTs."""
+        direction = self.direction_3x3
+        # The assignment of world axes to array axes with the largest total cosine, so that no letter pair occurs twice.
+        world = max(permutations(range(3)), key=lambda rows: sum(abs(direction[row, k]) for k, row in enumerate(rows)))
+        return "".join("LPI"[row] if direction[row, k] < 0 else "RAS"[row] for k, row in enumerate(world))
 
     @property
     def is_regular(self) -> bool:

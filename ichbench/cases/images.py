@@ -1,0 +1,349 @@
+"""NIfTI <-> arrays on a Grid. The only file of the project that knows the axis order of files.
+
+Files store (i, j, k) with i fastest and an affine from (i, j, k) to RAS+ millimetres. Here an array is (z, y, x):
+z is the file axis nearest to superior-inferior, y the later and x the earlier of the other two, so the usual axial
+(i, j, k) becomes (k, j, i). Nothing is flipped, unless `reorient` is called; the `Grid` remembers all of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import nibabel
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from ichbench.cases.case import GEOMETRY_TOLERANCE_MM, FloatArray, Grid
+from ichbench.cases.files import BoundedReader, gzip_bytes, write_atomically
+from ichbench.errors import InputError
+
+#: A file may claim at most this much (voxels x 4 bytes or more): 512 x 512 x 4096 in float32. A 298 KB .nii.gz can claim 32 GB.
+MAX_BYTES = 4 * 1024**3
+#: pixdim and the length of the affine's columns may differ by this much, relative to each other, before we warn.
+SPACING_TOLERANCE = 1e-3
+#: Two axes whose cosines with superior-inferior differ by less than this are equally near to it.
+TIE_TOLERANCE = 1e-3
+
+T = TypeVar("T")
+_HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+_GEOMETRY_FIELDS = (
+    "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "srow_x", "srow_y", "srow_z", "xyzt_units", "dim_info",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _FileGeometry:
+    """What a header says about space, in file order. `oriented` is false when it says nothing usable about directions."""
+
+    affine_4x4: FloatArray
+    spacing_ijk_mm: tuple[float, float, float] | None
+    oriented: bool
+    complaints: tuple[str, ...]
+
+
+def read_image(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.float32], Grid]:
+    """The voxels (z, y, x) of one NIfTI volume with its scale and offset applied (HU for CT), and its grid.
+
+    `keep_file_order` takes the file's axes reversed, (k, j, i), whatever they point at, as nnU-Net does.
+    Raises `InputError` for a file that is missing, damaged, not NIfTI, not 3D, too large, or has voxels that are not finite.
+    """
+    raw_zyx, header, grid = _read(Path(path), keep_file_order)
+    slope, inter = _scaling(Path(path), header)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows float32 becomes infinite and is refused below
+        scaled = raw_zyx if slope is None else raw_zyx.astype(np.float64) * slope + inter
+        image_zyx = np.ascontiguousarray(scaled, dtype=np.float32)
+    if raw_zyx.dtype.kind == "f" or slope is not None:
+        bad = int(image_zyx.size - np.count_nonzero(np.isfinite(image_zyx)))
+        if bad:
+            raise InputError(
+                f"{path}: {bad} of {image_zyx.size} voxels are NaN or infinite; every voxel must be a finite number: "
+                "repair the file (for CT, air is -1000 HU)"
+            )
+    return image_zyx, grid
+
+
+def read_labels(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.int16], Grid]:
+    """The labels (z, y, x) of one NIfTI volume and their grid; as `read_image`, but every voxel must be a whole number."""
+    raw_zyx, header, grid = _read(Path(path), keep_file_order)
+    slope, inter = _scaling(Path(path), header)
+    values: NDArray[Any] = raw_zyx if slope is None else raw_zyx.astype(np.float64) * slope + inter
+    if values.dtype.kind == "f":
+        fractional = ~(np.isfinite(values) & (values == np.rint(values)))
+        count = int(np.count_nonzero(fractional))
+        if count:
+            example = float(values[fractional][0])
+            raise InputError(
+                f"{path}: {count} of {values.size} voxels are not whole numbers (for example {example:g}); a label file may "
+                "hold integers only: probabilities must be thresholded, resampled masks must use nearest neighbour"
+            )
+    low, high = int(values.min()), int(values.max())
+    limits = np.iinfo(np.int16)
+    if low < limits.min or high > limits.max:
+        raise InputError(f"{path}: label values run from {low} to {high}; allowed is {limits.min} to {limits.max}")
+    return np.ascontiguousarray(values, dtype=np.int16), grid
+
+
+def read_grid(path: Path, keep_file_order: bool = False) -> Grid:
+    """The grid of a NIfTI volume from its header alone (under a millisecond; the voxels are not looked at)."""
+    with BoundedReader(Path(path)) as reader:
+        header, _ = _read_header(reader)
+    return _grid_of(header, _shape_ijk(Path(path), header), keep_file_order, Path(path))
+
+
+def write_labels(path: Path, labels_zyx: NDArray[np.integer] | NDArray[np.bool_], grid: Grid) -> None:
+    """Write a mask in its file's own axis order and geometry (bit for bit where the grid came from a file).
+
+    uint8, or uint16 when a label is 255 or more. The file appears whole or not at all; same mask, same bytes.
+    """
+    labels = np.asarray(labels_zyx)
+    if labels.dtype.kind not in "iub":
+        raise InputError(f"{path}: labels must be integers, but are {labels.dtype}; round or threshold them first")
+    low, high = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
+    if low < 0 or high > 65535:
+        raise InputError(f"{path}: label values run from {low} to {high}; a mask file holds 0 to 65535")
+    _write(Path(path), labels, grid, np.dtype("<u1" if high < 255 else "<u2"))
+
+
+def write_image(path: Path, image_zyx: NDArray[Any], grid: Grid) -> None:
+    """Write a volume in its file's own axis order and geometry: int16 when that is exact, else float32."""
+    image = np.asarray(image_zyx)
+    limits = np.iinfo(np.int16)
+    fits = image.dtype.kind in "iub" or bool(np.all(np.isfinite(image)) and np.array_equal(image, np.rint(image)))
+    fits = fits and bool(image.size == 0 or (image.min() >= limits.min and image.max() <= limits.max))
+    _write(Path(path), image, grid, np.dtype("<i2" if fits else "<f4"))
+
+
+def reorient(volumes_zyx: list[NDArray[Any]], grid: Grid) -> tuple[list[NDArray[Any]], Grid]:
+    """Turn volumes that share `grid` so that z runs to superior, y to posterior and x to the left ("SPL", INSTANCE's
+    orientation), by permuting and flipping axes only; the new grid still writes masks back in the file's own order."""
+    codes = grid.axis_codes_zyx
+    order = tuple(next(k for k in range(3) if codes[k] in pair) for pair in ("SI", "PA", "LR"))
+    turned = tuple(codes[k] not in "SPL" for k in order)
+    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in turned)
+    volumes = [np.ascontiguousarray(np.transpose(volume, order)[flips]) for volume in volumes_zyx]
+    shape = _permuted(grid.shape_zyx, order)
+    affine = _flipped(grid.affine_4x4[:, [*order, 3]], shape, turned)
+    pixdim = None if grid.pixdim_zyx_mm is None else _permuted(grid.pixdim_zyx_mm, order)
+    old = _permuted(grid.file_flips, order)
+    file_flips = (old[0] != turned[0], old[1] != turned[1], old[2] != turned[2])
+    file_axes = _permuted(grid.file_axes, order)
+    return volumes, replace(
+        grid, shape_zyx=shape, affine_4x4=affine, pixdim_zyx_mm=pixdim, file_axes=file_axes, file_flips=file_flips
+    )
+
+
+def _permuted(values: tuple[T, T, T], order: tuple[int, ...]) -> tuple[T, T, T]:
+    return values[order[0]], values[order[1]], values[order[2]]
+
+
+def _flipped(affine_4x4: FloatArray, shape: tuple[int, int, int], flips: tuple[bool, bool, bool]) -> FloatArray:
+    """The affine after the axes marked in `flips` were reversed."""
+    affine = np.array(affine_4x4, dtype=np.float64)
+    for axis in np.flatnonzero(flips):
+        affine[:, 3] += affine[:, axis] * (shape[axis] - 1)
+        affine[:3, axis] *= -1.0
+    return affine
+
+
+def _read(path: Path, keep_file_order: bool) -> tuple[NDArray[Any], Any, Grid]:
+    """Stored voxels as a (z, y, x) view, the header and the grid."""
+    with BoundedReader(path) as reader:
+        header, head = _read_header(reader)
+        shape_ijk = _shape_ijk(path, header)
+        dtype = _voxel_type(path, header)
+        offset = _voxel_offset(path, header)
+        count = shape_ijk[0] * shape_ijk[1] * shape_ijk[2]
+        if count * max(dtype.itemsize, 4) > MAX_BYTES or offset > MAX_BYTES // 4:
+            raise InputError(
+                f"{path}: the header claims {shape_ijk} voxels of {dtype} at byte {offset}, more than the {MAX_BYTES / 1024**3:g} GiB "
+                "that are read; check that the header is right, then crop or resample the volume"
+            )
+        data = np.empty(offset + count * dtype.itemsize, dtype=np.uint8)
+        known = min(len(head), len(data))
+        data[:known] = head[:known]
+        filled = known + reader.read_into(data[known:])
+        if filled < len(data):
+            raise InputError(f"{path}: cut off: the header claims {len(data)} bytes, but there are {filled}; copy or download it again")
+        reader.finish()
+    grid = _grid_of(header, shape_ijk, keep_file_order, path)
+    voxels_ijk = np.frombuffer(data, dtype=dtype, count=count, offset=offset).reshape(shape_ijk, order="F")
+    return np.transpose(voxels_ijk, grid.file_axes), header, grid
+
+
+def _read_header(reader: BoundedReader) -> tuple[Any, NDArray[np.uint8]]:
+    """The NIfTI header and the first bytes of the file."""
+    head = np.zeros(544, dtype=np.uint8)
+    head = head[: reader.read_into(head)]
+    header = _parse_header(head.tobytes())
+    if header is None:
+        raise InputError(
+            f"{reader.path}: is not a NIfTI file (single-file NIfTI-1 or NIfTI-2, .nii or .nii.gz): it starts with "
+            f"{head[:8].tobytes()!r}; convert it to NIfTI first"
+        )
+    return header, head
+
+
+def _parse_header(head: bytes) -> Any | None:
+    """A nibabel header in the file's own byte order, or None where this is not single-file NIfTI."""
+    for size, kind in _HEADER_BYTES.items():
+        for order in "<>":
+            if len(head) >= size and int(np.frombuffer(head, dtype=f"{order}i4", count=1)[0]) == size:
+                header = kind(head[:size], endianness=order, check=False)
+                return header if bytes(header["magic"])[:2] in (b"n+",) else None
+    return None
+
+
+def _shape_ijk(path: Path, header: Any) -> tuple[int, int, int]:
+    dim = [int(n) for n in header["dim"]]
+    n_dims = dim[0]
+    if not 1 <= n_dims <= 7:
+        raise InputError(f"{path}: the header claims {n_dims} dimensions; a 3D volume is needed; write the file again from its source")
+    shape = dim[1 : n_dims + 1]
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        hint = "stack the slices into one volume" if len(shape) < 3 else "write one file per channel or time point"
+        raise InputError(f"{path}: has {len(shape)} dimensions {tuple(shape)}, a 3D volume is needed; {hint}")
+    if min(shape) < 1:
+        raise InputError(f"{path}: the header claims the shape {tuple(shape)}; every axis needs at least one voxel")
+    return shape[0], shape[1], shape[2]
+
+
+def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:
+    try:
+        dtype = np.dtype(header.get_data_dtype())
+    except (HeaderDataError, KeyError) as error:
+        raise InputError(f"{path}: unknown NIfTI voxel type {int(header['datatype'])}; write it as int16 or float32") from error
+    if dtype.kind not in "iuf":
+        raise InputError(f"{path}: voxels are {dtype}, not numbers; write one real value per voxel, int16 or float32")
+    return dtype.newbyteorder(header.endianness)
+
+
+def _voxel_offset(path: Path, header: Any) -> int:
+    offset, first = float(header["vox_offset"]), int(header["sizeof_hdr"]) + 4
+    if not np.isfinite(offset) or offset != int(offset) or offset < 0:
+        raise InputError(f"{path}: voxels are said to start at byte {offset}; {first} or more is allowed; write it again from its source")
+    return max(int(offset), first)  # 0 is common and means "right after the header"
+
+
+def _scaling(path: Path, header: Any) -> tuple[float | None, float]:
+    """Slope and offset to apply, (None, 0) when the stored values are meant as they are."""
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or not np.isfinite(slope):  # NIfTI: "do not scale"
+        return None, 0.0
+    if not np.isfinite(inter):
+        raise InputError(f"{path}: scl_inter is {inter}; a finite number is needed; write it again from its source")
+    return (None, 0.0) if (slope, inter) == (1.0, 0.0) else (slope, inter)
+
+
+def _geometry(header: Any) -> _FileGeometry:
+    complaints: list[str] = []
+    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    pixdim_usable = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
+    spacing = (float(pixdim[0]), float(pixdim[1]), float(pixdim[2])) if pixdim_usable else None
+    affine: FloatArray | None = None
+    for name in ("sform", "qform"):  # sform first, as nibabel does
+        if int(header[f"{name}_code"]) <= 0 or affine is not None:
+            continue
+        try:
+            candidate = np.asarray(getattr(header, f"get_{name}")(), dtype=np.float64)
+        except (HeaderDataError, ValueError) as error:
+            complaints.append(f"its {name} is unusable ({error})")
+            continue
+        if np.isfinite(candidate).all() and abs(np.linalg.det(candidate[:3, :3])) > 1e-12:
+            affine = candidate
+        else:
+            complaints.append(f"its {name} is unusable {candidate[:3].tolist()}")
+    if affine is None:
+        if spacing is None:
+            complaints.append(f"its pixdim {pixdim.tolist()} is unusable")
+            return _FileGeometry(np.eye(4), None, False, tuple(complaints))
+        return _FileGeometry(np.asarray(header.get_base_affine(), dtype=np.float64), spacing, False, tuple(complaints))
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing is None:
+        complaints.append(f"its pixdim {pixdim.tolist()} is unusable; the affine's {lengths.tolist()} mm is used")
+    elif np.any(np.abs(lengths - pixdim) > SPACING_TOLERANCE * pixdim):
+        complaints.append(f"its pixdim says {pixdim.tolist()} mm, its affine {lengths.tolist()} mm (i, j, k); pixdim is used for distances")
+    return _FileGeometry(affine, spacing, True, tuple(complaints))
+
+
+def _grid_of(header: Any, shape_ijk: tuple[int, int, int], keep_file_order: bool, path: Path) -> Grid:
+    geometry = _geometry(header)
+    if geometry.spacing_ijk_mm is None and not geometry.oriented:
+        raise InputError(f"{path}: no voxel size: {'; '.join(geometry.complaints)}; set pixdim or an affine and write the file again")
+    for complaint in geometry.complaints:
+        warnings.warn(f"{path}: {complaint}", UserWarning, stacklevel=4)
+    axes = (2, 1, 0) if keep_file_order else _file_axes(geometry)
+    return Grid(
+        shape_zyx=_permuted(shape_ijk, axes),
+        affine_4x4=geometry.affine_4x4[:, [*axes, 3]],
+        file_axes=axes,
+        pixdim_zyx_mm=None if geometry.spacing_ijk_mm is None else _permuted(geometry.spacing_ijk_mm, axes),
+        header=header.binaryblock,
+    )
+
+
+def _file_axes(geometry: _FileGeometry) -> tuple[int, int, int]:
+    """(z, y, x) as file axes: the axis rule of the project, stated in this module's first lines."""
+    columns = geometry.affine_4x4[:3, :3]
+    spacing = np.asarray(geometry.spacing_ijk_mm or np.linalg.norm(columns, axis=0), dtype=np.float64)
+    nearest = list(range(3))
+    if geometry.oriented:
+        upward = np.abs(columns[2]) / np.linalg.norm(columns, axis=0)
+        nearest = [axis for axis in range(3) if upward[axis] >= upward.max() - TIE_TOLERANCE]
+    z = max(nearest, key=lambda axis: (round(float(spacing[axis]), 4), axis))
+    x, y = sorted({0, 1, 2} - {z})
+    return z, y, x
+
+
+def _write(path: Path, volume_zyx: NDArray[Any], grid: Grid, dtype: np.dtype[Any]) -> None:
+    if tuple(volume_zyx.shape) != grid.shape_zyx:
+        raise InputError(f"{path}: the array has shape {volume_zyx.shape}, its grid is {grid.shape_zyx} (z, y, x)")
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise InputError(f"{path}: only .nii and .nii.gz can be written; change the name")
+    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
+    to_file = (grid.file_axes.index(0), grid.file_axes.index(1), grid.file_axes.index(2))
+    voxels_ijk = np.transpose(volume_zyx[flips], to_file)
+    affine_ijk = _flipped(grid.affine_4x4, grid.shape_zyx, grid.file_flips)[:, [*to_file, 3]]
+    header = _new_header(path, grid, voxels_ijk.shape, affine_ijk, to_file)
+    header.set_data_dtype(dtype)
+    header["scl_slope"], header["scl_inter"], header["vox_offset"] = 1.0, 0.0, int(header["sizeof_hdr"]) + 4
+    data = header.binaryblock + b"\0\0\0\0" + voxels_ijk.astype(dtype, order="K").tobytes(order="F")
+    write_atomically(path, gzip_bytes(data) if path.name.endswith(".gz") else data)
+
+
+def _new_header(path: Path, grid: Grid, shape_ijk: tuple[int, ...], affine_ijk: FloatArray, to_file: tuple[int, int, int]) -> Any:
+    """A little-endian header with the geometry fields of the file the grid came from, else with the grid's affine."""
+    old = None if grid.header is None else _parse_header(grid.header)
+    header = (nibabel.Nifti1Header if old is None else type(old))(endianness="<")
+    try:
+        header.set_data_shape(shape_ijk)
+    except HeaderDataError as error:
+        raise InputError(f"{path}: the shape {shape_ijk} does not fit into NIfTI-1 (32767 voxels an axis)") from error
+    if old is not None and _same_space(old, grid, shape_ijk, affine_ijk):
+        for name in _GEOMETRY_FIELDS:
+            header[name] = old[name]
+        return header
+    if grid.slice_positions_mm is not None:
+        warnings.warn(f"{path}: slices are not evenly spaced, which NIfTI cannot say; their mean spacing is written", UserWarning, stacklevel=4)
+    header.set_xyzt_units("mm")
+    header.set_sform(affine_ijk, code=1)
+    columns = affine_ijk[:3, :3] / np.linalg.norm(affine_ijk[:3, :3], axis=0)
+    if np.allclose(columns.T @ columns, np.eye(3), atol=1e-6):  # a quaternion cannot hold a sheared affine
+        header.set_qform(affine_ijk, code=1)
+    header["pixdim"][1:4] = _permuted(grid.spacing_zyx_mm, to_file)
+    return header
+
+
+def _same_space(header: Any, grid: Grid, shape_ijk: tuple[int, ...], affine_ijk: FloatArray) -> bool:
+    """Does the remembered header still describe this grid? (A caller may have replaced the affine alone.)"""
+    geometry = _geometry(header)
+    if _shape_ijk(Path(), header) != shape_ijk:
+        return False
+    shape = (int(shape_ijk[0]), int(shape_ijk[1]), int(shape_ijk[2]))
+    return Grid(shape, geometry.affine_4x4).same_place(Grid(shape, affine_ijk), GEOMETRY_TOLERANCE_MM)
