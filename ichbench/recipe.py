@@ -252,24 +252,33 @@ def make_recipe(*overlays: dict[str, Any], source: str = "recipe") -> Recipe:
         raise InputError(_explain(error, source)) from None
 
 
-def load_arm(name_or_path: str | Path, preset: str | None = None) -> Arm:
-    """An arm by the name of a shipped file (`window_swapped`) or by the path of a TOML file, under a preset."""
-    path, text = _find(str(name_or_path), "")
-    table = parse_toml(text, path)
+def load_arm(name_or_path: str | Path, preset: str | None = None, folder: Path | None = None) -> Arm:
+    """An arm by the name of a shipped file (`window_swapped`) or by the path of a TOML file, under a preset.
+
+    A relative path is looked for in `folder` first (a study file's own folder), then here.
+    """
+    why, table, source = load_overlay(str(name_or_path), folder)
+    recipe = make_recipe(load_preset(preset) if preset else {}, table, source=source)
+    return Arm(Path(source).stem, why, recipe, _flat(table))
+
+
+def load_overlay(name_or_path: str, folder: Path | None = None) -> tuple[str, dict[str, Any], str]:
+    """An arm file as (why, the table of what it sets, where it was found)."""
+    beside = folder / name_or_path if folder is not None else None
+    source, text = read_shipped(str(beside) if beside is not None and beside.is_file() else name_or_path)
+    table = parse_toml(text, source)
     why = table.pop("why", "")
     if not isinstance(why, str) or not why.strip():
-        raise InputError(f'{path}: an arm must say why it exists; add a line such as why = "..." at the top')
-    overlay = load_preset(preset) if preset else {}
-    recipe = make_recipe(overlay, table, source=path)
-    return Arm(Path(path).stem, why.strip(), recipe, _flat(table))
+        raise InputError(f'{source}: an arm must say why it exists; add a line such as why = "..." at the top')
+    return why.strip(), table, source
 
 
 def load_preset(name: str) -> dict[str, Any]:
     """The overlay of a shipped preset (smoke, small, full) or of a TOML file."""
-    path, text = _find(name, "presets")
-    table = parse_toml(text, path)
+    source, text = read_shipped(name, "presets")
+    table = parse_toml(text, source)
     table.pop("why", None)
-    make_recipe(table, source=path)
+    make_recipe(table, source=source)
     return table
 
 
@@ -293,19 +302,24 @@ def baselines_root() -> Any:
     return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / "baselines"
 
 
-def _find(name: str, folder: str) -> tuple[str, str]:
+def read_shipped(name: str, folder: str = "") -> tuple[str, str]:
+    """(where, text) of a shipped file by its name, or of a .toml file by its path."""
     known = shipped(folder)
     if name in known:
         return f"{name}.toml", known[name].read_text(encoding="utf-8")
     path = Path(name)
+    kind = {"": "arm", "presets": "preset", "studies": "study"}[folder]
     if path.suffix != ".toml":
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"there is no {folder.rstrip('s') or 'arm'} {name!r}{hint} Known: {', '.join(known)}; or give the path of a .toml file")
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise InputError(f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}; or give the path of a .toml file")
     try:
         return str(path), path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        # `baselines/studies/phe.toml` works from anywhere: what the wheel ships is found by its last name
+        if not path.exists() and path.stem in known and path.parent.name == (folder or "baselines"):
+            return path.name, known[path.stem].read_text(encoding="utf-8")
+        raise InputError(f"cannot read the {kind} file {path}: {error}") from None
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

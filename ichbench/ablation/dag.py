@@ -1,0 +1,227 @@
+"""What depends on what: a study on a cohort becomes steps, each named by the digest of everything its result depends on."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from ichbench.ablation.folds import Part, make_part
+from ichbench.ablation.study import UNTRAINED, Study
+from ichbench.cases.cohort import Cohort
+from ichbench.errors import InputError
+from ichbench.recipe import Arm, digest
+
+Kind = Literal["prepare", "train", "predict", "score"]
+
+#: the modules whose sources (with all they import) decide a step's result
+STAGE_MODULES: dict[Kind, tuple[str, ...]] = {
+    "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.plan", "ichbench.prepare.store"),
+    "train": ("ichbench.prepare.store", "ichbench.training.trainer"),
+    "predict": ("ichbench.cases.cohort", "ichbench.inference.predictors"),
+    "score": ("ichbench.cases.cohort", "ichbench.scoring.score"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work. `spec` is all that its result depends on (inputs aside), `where` only says where things lie."""
+
+    kind: Kind
+    spec: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def id(self) -> str:
+        """`train-1f0c...`: the same work has the same name in every study and on every machine with the same versions."""
+        return f"{self.kind}-{digest({'spec': self.spec, 'inputs': self.inputs})[:16]}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where one arm's scores of one fold and seed come from."""
+
+    arm: str
+    fold: str
+    seed: str
+    score_step: str
+    predict_step: str
+    train_step: str | None
+
+
+@dataclass(frozen=True)
+class Dag:
+    """Steps in an order in which each comes after its inputs, and what they are for."""
+
+    steps: dict[str, Step]
+    results: tuple[Result, ...]
+
+    def needed_by(self, step_id: str) -> set[str]:
+        """Every step that a step depends on, directly or not."""
+        found: set[str] = set()
+        queue = [step_id]
+        while queue:
+            for name in self.steps[queue.pop()].inputs.values():
+                if name not in found:
+                    found.add(name)
+                    queue.append(name)
+        return found
+
+
+def make_dag(
+    study: Study, cohort: Cohort, seeds: tuple[int, ...], folds: tuple[str, ...], device: str, threads: int, protocol: str
+) -> Dag:
+    """Steps for every arm, fold and seed. Arms that share prepared data, weights or masks share the steps."""
+    maker = _Maker(cohort, device, threads, protocol)
+    results: list[Result] = []
+    for fold in folds:
+        part = make_part(cohort, fold)
+        for arm in study.arms:
+            predictor = arm.recipe.inference.predictor
+            for seed in (None,) if predictor in UNTRAINED else seeds:
+                results.append(maker.result(arm, part, fold, seed, study.predictions.get(arm.name)))
+    return Dag(maker.steps, tuple(results))
+
+
+class _Maker:
+    """Collects steps; asking twice for the same work gives the same step."""
+
+    def __init__(self, cohort: Cohort, device: str, threads: int, protocol: str) -> None:
+        self.cohort, self.device, self.threads, self.protocol = cohort, device, threads, protocol
+        self.steps: dict[str, Step] = {}
+        self.where = {"cohort": str(cohort.root.resolve())}
+
+    def result(self, arm: Arm, part: Part, fold: str, seed: int | None, predictions: Path | None) -> Result:
+        recipe, predictor = arm.recipe, arm.recipe.inference.predictor
+        train = None
+        spec: dict[str, Any] = {
+            "inference": recipe.inference.model_dump(mode="json"),
+            "prepare": recipe.prepare.model_dump(mode="json"),
+            "cases": self._digests(part.evaluate),
+            "labels": self.cohort.labels,
+            "sources": sources_digest("predict"),
+            "environment": self._environment(),
+        }
+        inputs, where = {}, dict(self.where)
+        if predictor in ("unet", "roundtrip"):
+            prepare = self._prepare(arm)
+            inputs["prepare"] = prepare.id
+        if predictor == "unet":
+            train = self._train(arm, prepare, part, fold, seed if seed is not None else 0)
+            inputs["train"] = train.id
+        if predictor == "threshold":
+            spec["fit_on"] = self._digests(part.train)
+        if predictor == "folder":
+            if predictions is None:
+                raise InputError(f"arm {arm.name} shows somebody else's predictions; name their folder with --predictions {arm.name}=DIR")
+            spec["masks"] = _folder_digest(predictions, part.evaluate)
+            where["predictions"] = str(predictions.resolve())
+        named = f"{arm.name}, fold {fold}" + (f", seed {seed}" if seed is not None else "")
+        predict = self._add(Step("predict", spec, inputs, where, f"predict {named}"))
+        score = self._add(
+            Step(
+                "score",
+                {
+                    "protocol": self.protocol,
+                    "cases": self._digests(part.evaluate),
+                    "labels": self.cohort.labels,
+                    "sources": sources_digest("score"),
+                    "environment": {name: version(name) for name in ("numpy", "scipy")},
+                },
+                {"predict": predict.id},
+                self.where,
+                f"score {named}",
+            )
+        )
+        trained = predictor not in UNTRAINED
+        return Result(arm.name, fold if trained else "-", str(seed) if trained else "-", score.id, predict.id, train.id if train else None)
+
+    def _prepare(self, arm: Arm) -> Step:
+        spec = {
+            "prepare": arm.recipe.prepare.model_dump(mode="json"),
+            "plan": arm.recipe.plan.model_dump(mode="json"),
+            "cases": self._digests(self.cohort.train_ids),
+            "labels": self.cohort.labels,
+            "channels": list(self.cohort.channel_names),
+            "sources": sources_digest("prepare"),
+            "environment": {name: version(name) for name in ("numpy", "scipy")},
+        }
+        return self._add(Step("prepare", spec, {}, self.where, f"prepare {arm.name}"))
+
+    def _train(self, arm: Arm, prepare: Step, part: Part, fold: str, seed: int) -> Step:
+        spec = {
+            "network": arm.recipe.network.model_dump(mode="json"),
+            "training": arm.recipe.training.model_dump(mode="json"),
+            "train": list(part.train),
+            "validate": list(part.validate),
+            "seed": seed,
+            "sources": sources_digest("train"),
+            "environment": self._environment(),
+        }
+        return self._add(Step("train", spec, {"prepare": prepare.id}, self.where, f"train {arm.name}, fold {fold}, seed {seed}"))
+
+    def _add(self, step: Step) -> Step:
+        return self.steps.setdefault(step.id, step)
+
+    def _digests(self, ids: tuple[str, ...]) -> dict[str, str]:
+        return {name: self.cohort.case_digest(name) for name in ids}
+
+    def _environment(self) -> dict[str, Any]:
+        return {"device": self.device, "threads": self.threads} | {name: version(name) for name in ("torch", "numpy", "scipy")}
+
+
+def _folder_digest(folder: Path, ids: tuple[str, ...]) -> dict[str, str]:
+    if not folder.is_dir():
+        raise InputError(f"predictions folder {folder} does not exist or is not a folder; give the folder that holds one mask per case")
+    found = {name: path for name in ids for path in (folder / f"{name}.nii.gz", folder / f"{name}.nii") if path.is_file()}
+    if not found:
+        raise InputError(f"predictions folder {folder} holds no mask of this study's cases; expected files such as {ids[0]}.nii.gz")
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()}
+
+
+@cache
+def sources_digest(kind: Kind) -> str:
+    """sha256 over the source files that a stage's result depends on: its modules and all of ichbench that they import."""
+    seen: dict[str, bytes] = {}
+    queue = list(STAGE_MODULES[kind])
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        source = Path(spec.origin).read_bytes()
+        seen[name] = source
+        queue += _imports(source)
+    # the glue between stages and files; not its imports, which are all of ichbench
+    glue = Path(sys.modules[__name__].__file__ or "").with_name("step.py").read_bytes()
+    text = "".join(f"{name} {hashlib.sha256(seen[name]).hexdigest()}\n" for name in sorted(seen))
+    return hashlib.sha256(text.encode() + glue).hexdigest()
+
+
+def _imports(source: bytes) -> list[str]:
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ichbench":
+            found.append(node.module)
+            found += [f"{node.module}.{alias.name}" for alias in node.names if _is_module(f"{node.module}.{alias.name}")]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] == "ichbench"]
+    return found
+
+
+@cache
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,150 @@
+"""How a mask is made: by networks, by a threshold, by sending the reference through the preparation, or by somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ichbench.cases.case import Case
+from ichbench.errors import InputError
+from ichbench.prepare.pipeline import prepare_case, restore_labels, restore_logits
+from ichbench.prepare.plan import Plan
+from ichbench.recipe import InferenceRecipe, PrepareRecipe, ThresholdRecipe
+
+if TYPE_CHECKING:
+    from ichbench.network.unet import UNet
+
+#: HU range in which thresholds are looked for: from fat to fresh, dense clot and thin calcification.
+SEARCH_HU = (-50, 150)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a predictor may need; the command that runs it fills in what it has."""
+
+    inference: InferenceRecipe
+    prepare: PrepareRecipe
+    plan: Plan | None = None
+    networks: Sequence[UNet] = ()
+    device: str = "cpu"
+    #: HU limits of the threshold predictor and the label it gives
+    thresholds_hu: tuple[float, float] | None = None
+    foreground_label: int = 1
+    predictions: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`labels_zyx` on the native grid, or None where somebody else's folder holds no mask; notes are warnings to show."""
+
+    labels_zyx: NDArray[np.int16] | None
+    notes: tuple[str, ...] = ()
+
+
+def predict_unet(case: Case, tools: Tools) -> Prediction:
+    """Prepare, sliding window, mean of the networks' logits, back to the native grid."""
+    # torch is imported here so that the untrained arms and the board check do without it
+    from ichbench.inference.sliding import predict_logits
+
+    plan = _plan(tools)
+    prepared = prepare_case(Case(case.id, case.image_czyx, None, case.grid), tools.prepare, plan)
+    total: NDArray[np.float32] | None = None
+    for network in tools.networks:
+        logits = predict_logits(network, prepared.image_czyx, plan, tools.inference, tools.device)
+        total = logits if total is None else total + logits
+    if total is None:
+        raise InputError("the unet predictor needs at least one trained network")
+    return Prediction(restore_logits(total / len(tools.networks), prepared.geometry), prepared.notes)
+
+
+def predict_threshold(case: Case, tools: Tools) -> Prediction:
+    """Foreground where the first channel lies within the two thresholds (HU, both ends included), on the native image."""
+    if tools.thresholds_hu is None:
+        raise InputError("the threshold predictor needs its two thresholds; fit them with fit_thresholds")
+    low, high = tools.thresholds_hu
+    inside = (case.image_czyx[0] >= low) & (case.image_czyx[0] <= high)
+    return Prediction((inside * tools.foreground_label).astype(np.int16))
+
+
+def predict_roundtrip(case: Case, tools: Tools) -> Prediction:
+    """The reference mask through prepare and restore: what this preparation costs even a perfect network."""
+    if case.labels_zyx is None:
+        raise InputError(f"case {case.id} has no reference mask; the roundtrip predictor is for labelled cases")
+    prepared = prepare_case(case, tools.prepare, _plan(tools))
+    if prepared.labels_zyx is None:
+        raise InputError(f"case {case.id}: preparation lost the reference mask")
+    return Prediction(restore_labels(prepared.labels_zyx, prepared.geometry), prepared.notes)
+
+
+def predict_folder(case: Case, tools: Tools) -> Prediction:
+    """Somebody else's mask `<case>.nii.gz` (or .nii) from a folder; it must lie on the case's own grid."""
+    from ichbench.cases.images import read_labels
+
+    if tools.predictions is None:
+        raise InputError("the folder predictor needs the folder with the predictions")
+    paths = [tools.predictions / f"{case.id}.nii.gz", tools.predictions / f"{case.id}.nii"]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return Prediction(None)
+    labels, grid = read_labels(path)
+    if not grid.same_place(case.grid):
+        raise InputError(
+            f"{path} does not lie on the grid of case {case.id}: shape {grid.shape_zyx} and spacing {grid.spacing_zyx_mm} mm (z, y, x), "
+            f"the case has {case.grid.shape_zyx} and {case.grid.spacing_zyx_mm} mm; write predictions on the input's own grid"
+        )
+    return Prediction(labels)
+
+
+PREDICTORS: dict[str, Callable[[Case, Tools], Prediction]] = {
+    "unet": predict_unet,
+    "threshold": predict_threshold,
+    "roundtrip": predict_roundtrip,
+    "folder": predict_folder,
+}
+
+
+def fit_thresholds(cases: Iterable[Case], recipe: ThresholdRecipe) -> tuple[float, float]:
+    """The two HU thresholds with the highest mean Dice (smooth 1e-5) over the training cases; given ones are kept.
+
+    Every pair of whole HU in SEARCH_HU is tried, by one histogram per case, so the result is exact for images in whole HU.
+    """
+    low_hu, high_hu = SEARCH_HU
+    edges = np.arange(low_hu, high_hu + 2) - 0.5
+    # cumulative[i] = voxels below edge i, so a range is a difference of two entries
+    total = np.zeros((len(edges), len(edges)))
+    count = 0
+    for case in cases:
+        if case.labels_zyx is None:
+            continue
+        image = case.image_czyx[0]
+        foreground = case.labels_zyx > 0
+        inside = np.concatenate([[0], np.cumsum(np.histogram(image[foreground], edges)[0])])
+        everything = np.concatenate([[0], np.cumsum(np.histogram(image, edges)[0])])
+        hit = inside[None, :] - inside[:, None]
+        predicted = everything[None, :] - everything[:, None]
+        total += (2 * hit + 1e-5) / (predicted + int(foreground.sum()) + 1e-5)
+        count += 1
+    if count == 0:
+        raise InputError("thresholds are fitted on labelled training cases, but there are none")
+    allowed = np.triu(np.ones_like(total, dtype=bool), k=1)
+    if recipe.low_hu != "fit":
+        allowed &= np.arange(len(edges))[:, None] == int(np.argmin(np.abs(edges - recipe.low_hu)))
+    if recipe.high_hu != "fit":
+        allowed &= np.arange(len(edges))[None, :] == int(np.argmin(np.abs(edges - recipe.high_hu)))
+    best = int(np.argmax(np.where(allowed, total, -1.0)))
+    low, high = edges[best // len(edges)], edges[best % len(edges)]
+    return (
+        float(low) if recipe.low_hu == "fit" else float(recipe.low_hu),
+        float(high) if recipe.high_hu == "fit" else float(recipe.high_hu),
+    )
+
+
+def _plan(tools: Tools) -> Plan:
+    if tools.plan is None:
+        raise InputError("this predictor needs the plan of a prepared cohort")
+    return tools.plan
