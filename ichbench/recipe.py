@@ -326,7 +326,9 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         # a value that happens to be a table (a window) replaces the old one
-        merged[key] = _merge(merged[key], value) if key in MERGED and isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        merged[key] = (
+            _merge(merged[key], value) if key in MERGED and isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+        )
     return merged
 
 

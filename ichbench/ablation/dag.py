@@ -76,9 +76,7 @@ class Dag:
         return found
 
 
-def make_dag(
-    study: Study, cohort: Cohort, seeds: tuple[int, ...], folds: tuple[str, ...], device: str, threads: int, protocol: str
-) -> Dag:
+def make_dag(study: Study, cohort: Cohort, seeds: tuple[int, ...], folds: tuple[str, ...], device: str, threads: int, protocol: str) -> Dag:
     """Steps for every arm, fold and seed. Arms that share prepared data, weights or masks share the steps."""
     maker = _Maker(cohort, device, threads, protocol)
     results: list[Result] = []

@@ -28,7 +28,9 @@ def parse_folds(text: str) -> tuple[str, ...]:
         return tuple(str(number) for number in range(N_FOLDS))
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     if not all(name.isdecimal() for name in names):
-        raise InputError(f"--folds {text!r} is not understood; give full (train on all training cases), cv (five folds) or numbers such as 0,1")
+        raise InputError(
+            f"--folds {text!r} is not understood; give full (train on all training cases), cv (five folds) or numbers such as 0,1"
+        )
     return names
 
 
@@ -50,7 +52,9 @@ def make_part(cohort: Cohort, fold: str) -> Part:
     if fold == "full":
         evaluate = labelled_test_ids(cohort)
         if not evaluate:
-            raise InputError(f"cohort {cohort.name} has no labelled test cases (imagesTs with labelsTs), so --folds full has nothing to score; use --folds cv")
+            raise InputError(
+                f"cohort {cohort.name} has no labelled test cases (imagesTs with labelsTs), so --folds full has nothing to score; use --folds cv"
+            )
         return Part(train, train, evaluate)
     path = cohort.root / "splits_final.json"
     splits: list[Split] = read_splits(path, train) if path.is_file() else five_folds(train, cohort.groups, N_FOLDS)

@@ -8,7 +8,7 @@ z is the file axis nearest to superior-inferior, y the later and x the earlier o
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,31 +19,25 @@ from numpy.typing import NDArray
 
 from ichbench.cases.case import GEOMETRY_TOLERANCE_MM, FloatArray, Grid
 from ichbench.cases.files import BoundedReader, gzip_bytes, write_atomically
+from ichbench.cases.nifti import (
+    GEOMETRY_FIELDS,
+    FileGeometry,
+    geometry_of,
+    parse_header,
+    read_header,
+    scaling,
+    shape_ijk_of,
+    voxel_offset,
+    voxel_type,
+)
 from ichbench.errors import InputError
 
 #: A file may claim at most this much (voxels x 4 bytes or more): 512 x 512 x 4096 in float32. A 298 KB .nii.gz can claim 32 GB.
 MAX_BYTES = 4 * 1024**3
-#: pixdim and the length of the affine's columns may differ by this much, relative to each other, before we warn.
-SPACING_TOLERANCE = 1e-3
 #: Two axes whose cosines with superior-inferior differ by less than this are equally near to it.
 TIE_TOLERANCE = 1e-3
 
 T = TypeVar("T")
-_HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
-_GEOMETRY_FIELDS = (
-    "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
-    "srow_x", "srow_y", "srow_z", "xyzt_units", "dim_info",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _FileGeometry:
-    """What a header says about space, in file order. `oriented` is false when it says nothing usable about directions."""
-
-    affine_4x4: FloatArray
-    spacing_ijk_mm: tuple[float, float, float] | None
-    oriented: bool
-    complaints: tuple[str, ...]
 
 
 def read_image(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.float32], Grid]:
@@ -53,7 +47,7 @@ def read_image(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.fl
     Raises `InputError` for a file that is missing, damaged, not NIfTI, not 3D, too large, or has voxels that are not finite.
     """
     raw_zyx, header, grid = _read(Path(path), keep_file_order)
-    slope, inter = _scaling(Path(path), header)
+    slope, inter = scaling(Path(path), header)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows float32 becomes infinite and is refused below
         scaled = raw_zyx if slope is None else raw_zyx.astype(np.float64) * slope + inter
         image_zyx = np.ascontiguousarray(scaled, dtype=np.float32)
@@ -70,7 +64,7 @@ def read_image(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.fl
 def read_labels(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.int16], Grid]:
     """The labels (z, y, x) of one NIfTI volume and their grid; as `read_image`, but every voxel must be a whole number."""
     raw_zyx, header, grid = _read(Path(path), keep_file_order)
-    slope, inter = _scaling(Path(path), header)
+    slope, inter = scaling(Path(path), header)
     values: NDArray[Any] = raw_zyx if slope is None else raw_zyx.astype(np.float64) * slope + inter
     if values.dtype.kind == "f":
         fractional = ~(np.isfinite(values) & (values == np.rint(values)))
@@ -91,8 +85,8 @@ def read_labels(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.i
 def read_grid(path: Path, keep_file_order: bool = False) -> Grid:
     """The grid of a NIfTI volume from its header alone (under a millisecond; the voxels are not looked at)."""
     with BoundedReader(Path(path)) as reader:
-        header, _ = _read_header(reader)
-    return _grid_of(header, _shape_ijk(Path(path), header), keep_file_order, Path(path))
+        header, _ = read_header(reader)
+    return _grid_of(header, shape_ijk_of(Path(path), header), keep_file_order, Path(path))
 
 
 def write_labels(path: Path, labels_zyx: NDArray[np.integer] | NDArray[np.bool_], grid: Grid) -> None:
@@ -121,16 +115,19 @@ def write_image(path: Path, image_zyx: NDArray[Any], grid: Grid) -> None:
 def reorient(volumes_zyx: list[NDArray[Any]], grid: Grid) -> tuple[list[NDArray[Any]], Grid]:
     """Turn volumes that share `grid` so that z runs to superior, y to posterior and x to the left ("SPL", INSTANCE's
     orientation), by permuting and flipping axes only; the new grid still writes masks back in the file's own order."""
+    old = None if grid.header is None else parse_header(grid.header)
+    if old is not None and not geometry_of(old).oriented:
+        raise InputError("a file without sform and qform does not say where its axes point, so it cannot be reoriented; turn reorient off")
     codes = grid.axis_codes_zyx
     order = tuple(next(k for k in range(3) if codes[k] in pair) for pair in ("SI", "PA", "LR"))
-    turned = tuple(codes[k] not in "SPL" for k in order)
+    turned = (codes[order[0]] != "S", codes[order[1]] != "P", codes[order[2]] != "L")
     flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in turned)
     volumes = [np.ascontiguousarray(np.transpose(volume, order)[flips]) for volume in volumes_zyx]
     shape = _permuted(grid.shape_zyx, order)
     affine = _flipped(grid.affine_4x4[:, [*order, 3]], shape, turned)
     pixdim = None if grid.pixdim_zyx_mm is None else _permuted(grid.pixdim_zyx_mm, order)
-    old = _permuted(grid.file_flips, order)
-    file_flips = (old[0] != turned[0], old[1] != turned[1], old[2] != turned[2])
+    before = _permuted(grid.file_flips, order)
+    file_flips = (before[0] != turned[0], before[1] != turned[1], before[2] != turned[2])
     file_axes = _permuted(grid.file_axes, order)
     return volumes, replace(
         grid, shape_zyx=shape, affine_4x4=affine, pixdim_zyx_mm=pixdim, file_axes=file_axes, file_flips=file_flips
@@ -153,10 +150,10 @@ def _flipped(affine_4x4: FloatArray, shape: tuple[int, int, int], flips: tuple[b
 def _read(path: Path, keep_file_order: bool) -> tuple[NDArray[Any], Any, Grid]:
     """Stored voxels as a (z, y, x) view, the header and the grid."""
     with BoundedReader(path) as reader:
-        header, head = _read_header(reader)
-        shape_ijk = _shape_ijk(path, header)
-        dtype = _voxel_type(path, header)
-        offset = _voxel_offset(path, header)
+        header, head = read_header(reader)
+        shape_ijk = shape_ijk_of(path, header)
+        dtype = voxel_type(path, header)
+        offset = voxel_offset(path, header)
         count = shape_ijk[0] * shape_ijk[1] * shape_ijk[2]
         if count * max(dtype.itemsize, 4) > MAX_BYTES or offset > MAX_BYTES // 4:
             raise InputError(
@@ -175,105 +172,8 @@ def _read(path: Path, keep_file_order: bool) -> tuple[NDArray[Any], Any, Grid]:
     return np.transpose(voxels_ijk, grid.file_axes), header, grid
 
 
-def _read_header(reader: BoundedReader) -> tuple[Any, NDArray[np.uint8]]:
-    """The NIfTI header and the first bytes of the file."""
-    head = np.zeros(544, dtype=np.uint8)
-    head = head[: reader.read_into(head)]
-    header = _parse_header(head.tobytes())
-    if header is None:
-        raise InputError(
-            f"{reader.path}: is not a NIfTI file (single-file NIfTI-1 or NIfTI-2, .nii or .nii.gz): it starts with "
-            f"{head[:8].tobytes()!r}; convert it to NIfTI first"
-        )
-    return header, head
-
-
-def _parse_header(head: bytes) -> Any | None:
-    """A nibabel header in the file's own byte order, or None where this is not single-file NIfTI."""
-    for size, kind in _HEADER_BYTES.items():
-        for order in "<>":
-            if len(head) >= size and int(np.frombuffer(head, dtype=f"{order}i4", count=1)[0]) == size:
-                header = kind(head[:size], endianness=order, check=False)
-                return header if bytes(header["magic"])[:2] in (b"n+",) else None
-    return None
-
-
-def _shape_ijk(path: Path, header: Any) -> tuple[int, int, int]:
-    dim = [int(n) for n in header["dim"]]
-    n_dims = dim[0]
-    if not 1 <= n_dims <= 7:
-        raise InputError(f"{path}: the header claims {n_dims} dimensions; a 3D volume is needed; write the file again from its source")
-    shape = dim[1 : n_dims + 1]
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3:
-        hint = "stack the slices into one volume" if len(shape) < 3 else "write one file per channel or time point"
-        raise InputError(f"{path}: has {len(shape)} dimensions {tuple(shape)}, a 3D volume is needed; {hint}")
-    if min(shape) < 1:
-        raise InputError(f"{path}: the header claims the shape {tuple(shape)}; every axis needs at least one voxel")
-    return shape[0], shape[1], shape[2]
-
-
-def _voxel_type(path: Path, header: Any) -> np.dtype[Any]:
-    try:
-        dtype = np.dtype(header.get_data_dtype())
-    except (HeaderDataError, KeyError) as error:
-        raise InputError(f"{path}: unknown NIfTI voxel type {int(header['datatype'])}; write it as int16 or float32") from error
-    if dtype.kind not in "iuf":
-        raise InputError(f"{path}: voxels are {dtype}, not numbers; write one real value per voxel, int16 or float32")
-    return dtype.newbyteorder(header.endianness)
-
-
-def _voxel_offset(path: Path, header: Any) -> int:
-    offset, first = float(header["vox_offset"]), int(header["sizeof_hdr"]) + 4
-    if not np.isfinite(offset) or offset != int(offset) or offset < 0:
-        raise InputError(f"{path}: voxels are said to start at byte {offset}; {first} or more is allowed; write it again from its source")
-    return max(int(offset), first)  # 0 is common and means "right after the header"
-
-
-def _scaling(path: Path, header: Any) -> tuple[float | None, float]:
-    """Slope and offset to apply, (None, 0) when the stored values are meant as they are."""
-    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or not np.isfinite(slope):  # NIfTI: "do not scale"
-        return None, 0.0
-    if not np.isfinite(inter):
-        raise InputError(f"{path}: scl_inter is {inter}; a finite number is needed; write it again from its source")
-    return (None, 0.0) if (slope, inter) == (1.0, 0.0) else (slope, inter)
-
-
-def _geometry(header: Any) -> _FileGeometry:
-    complaints: list[str] = []
-    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
-    pixdim_usable = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
-    spacing = (float(pixdim[0]), float(pixdim[1]), float(pixdim[2])) if pixdim_usable else None
-    affine: FloatArray | None = None
-    for name in ("sform", "qform"):  # sform first, as nibabel does
-        if int(header[f"{name}_code"]) <= 0 or affine is not None:
-            continue
-        try:
-            candidate = np.asarray(getattr(header, f"get_{name}")(), dtype=np.float64)
-        except (HeaderDataError, ValueError) as error:
-            complaints.append(f"its {name} is unusable ({error})")
-            continue
-        if np.isfinite(candidate).all() and abs(np.linalg.det(candidate[:3, :3])) > 1e-12:
-            affine = candidate
-        else:
-            complaints.append(f"its {name} is unusable {candidate[:3].tolist()}")
-    if affine is None:
-        if spacing is None:
-            complaints.append(f"its pixdim {pixdim.tolist()} is unusable")
-            return _FileGeometry(np.eye(4), None, False, tuple(complaints))
-        return _FileGeometry(np.asarray(header.get_base_affine(), dtype=np.float64), spacing, False, tuple(complaints))
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if spacing is None:
-        complaints.append(f"its pixdim {pixdim.tolist()} is unusable; the affine's {lengths.tolist()} mm is used")
-    elif np.any(np.abs(lengths - pixdim) > SPACING_TOLERANCE * pixdim):
-        complaints.append(f"its pixdim says {pixdim.tolist()} mm, its affine {lengths.tolist()} mm (i, j, k); pixdim is used for distances")
-    return _FileGeometry(affine, spacing, True, tuple(complaints))
-
-
 def _grid_of(header: Any, shape_ijk: tuple[int, int, int], keep_file_order: bool, path: Path) -> Grid:
-    geometry = _geometry(header)
+    geometry = geometry_of(header)
     if geometry.spacing_ijk_mm is None and not geometry.oriented:
         raise InputError(f"{path}: no voxel size: {'; '.join(geometry.complaints)}; set pixdim or an affine and write the file again")
     for complaint in geometry.complaints:
@@ -288,7 +188,7 @@ def _grid_of(header: Any, shape_ijk: tuple[int, int, int], keep_file_order: bool
     )
 
 
-def _file_axes(geometry: _FileGeometry) -> tuple[int, int, int]:
+def _file_axes(geometry: FileGeometry) -> tuple[int, int, int]:
     """(z, y, x) as file axes: the axis rule of the project, stated in this module's first lines."""
     columns = geometry.affine_4x4[:3, :3]
     spacing = np.asarray(geometry.spacing_ijk_mm or np.linalg.norm(columns, axis=0), dtype=np.float64)
@@ -319,18 +219,19 @@ def _write(path: Path, volume_zyx: NDArray[Any], grid: Grid, dtype: np.dtype[Any
 
 def _new_header(path: Path, grid: Grid, shape_ijk: tuple[int, ...], affine_ijk: FloatArray, to_file: tuple[int, int, int]) -> Any:
     """A little-endian header with the geometry fields of the file the grid came from, else with the grid's affine."""
-    old = None if grid.header is None else _parse_header(grid.header)
+    old = None if grid.header is None else parse_header(grid.header)
     header = (nibabel.Nifti1Header if old is None else type(old))(endianness="<")
     try:
         header.set_data_shape(shape_ijk)
     except HeaderDataError as error:
         raise InputError(f"{path}: the shape {shape_ijk} does not fit into NIfTI-1 (32767 voxels an axis)") from error
     if old is not None and _same_space(old, grid, shape_ijk, affine_ijk):
-        for name in _GEOMETRY_FIELDS:
+        for name in GEOMETRY_FIELDS:
             header[name] = old[name]
         return header
     if grid.slice_positions_mm is not None:
-        warnings.warn(f"{path}: slices are not evenly spaced, which NIfTI cannot say; their mean spacing is written", UserWarning, stacklevel=4)
+        message = f"{path}: slices are not evenly spaced, which NIfTI cannot say; their mean spacing is written"
+        warnings.warn(message, UserWarning, stacklevel=4)
     header.set_xyzt_units("mm")
     header.set_sform(affine_ijk, code=1)
     columns = affine_ijk[:3, :3] / np.linalg.norm(affine_ijk[:3, :3], axis=0)
@@ -342,8 +243,8 @@ def _new_header(path: Path, grid: Grid, shape_ijk: tuple[int, ...], affine_ijk: 
 
 def _same_space(header: Any, grid: Grid, shape_ijk: tuple[int, ...], affine_ijk: FloatArray) -> bool:
     """Does the remembered header still describe this grid? (A caller may have replaced the affine alone.)"""
-    geometry = _geometry(header)
-    if _shape_ijk(Path(), header) != shape_ijk:
+    geometry = geometry_of(header)
+    if shape_ijk_of(Path(), header) != shape_ijk:
         return False
     shape = (int(shape_ijk[0]), int(shape_ijk[1]), int(shape_ijk[2]))
     return Grid(shape, geometry.affine_4x4).same_place(Grid(shape, affine_ijk), GEOMETRY_TOLERANCE_MM)

@@ -75,7 +75,9 @@ def predict_roundtrip(case: Case, tools: Tools) -> Prediction:
     """The reference mask through prepare and restore: what this preparation costs even a perfect network."""
     if case.labels_zyx is None:
         raise InputError(f"case {case.id} has no reference mask; the roundtrip predictor is for labelled cases")
-    prepared = prepare_case(case, tools.prepare, _plan(tools))
+    # a crop to the reference is not to be had at test time, so it must not lower the ceiling either
+    recipe = tools.prepare.model_copy(update={"slice_crop": "off"}) if tools.prepare.slice_crop == "reference" else tools.prepare
+    prepared = prepare_case(case, recipe, _plan(tools))
     if prepared.labels_zyx is None:
         raise InputError(f"case {case.id}: preparation lost the reference mask")
     return Prediction(restore_labels(prepared.labels_zyx, prepared.geometry), prepared.notes)

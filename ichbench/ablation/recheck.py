@@ -1,0 +1,178 @@
+"""Measures a committed board afresh: the phantom, the scores of the committed masks, the untrained arms, the board itself.
+
+What is not learned must come out equal bit for bit. `--rerun` also trains again and compares the arms' means within
+the tolerance that the board states.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ichbench.ablation.dag import make_dag
+from ichbench.ablation.engine import run_dag
+from ichbench.ablation.facts import collect_scores, recipe_json
+from ichbench.ablation.run import PHANTOM_COHORT, phantom_cohort
+from ichbench.ablation.settings import PHANTOM
+from ichbench.ablation.study import UNTRAINED, Study, make_study
+from ichbench.board.check import Difference, compare_digests, compare_scores, compare_text
+from ichbench.board.render import board_csv, board_markdown, build_board
+from ichbench.cases.cohort import Cohort
+from ichbench.cases.files import write_atomically
+from ichbench.cases.images import read_labels
+from ichbench.errors import CaseError, InputError
+from ichbench.recipe import Recipe, diff
+from ichbench.scoring.score import Score, read_scores, rows_for_case, write_scores
+
+#: Largest accepted change of an arm's mean when it is trained again on another machine (measured: README of the board).
+RERUN_TOLERANCES = {"dice": 0.05, "nsd": 0.05}
+#: Committed masks of a board may take this much in all.
+MAX_MASK_BYTES = 2_000_000
+
+
+def freeze_board(run: Path, folder: Path) -> list[Path]:
+    """Make a finished run on the embedded phantom the committed board in `folder`; returns what was written."""
+    about = _json(run / "run.json")
+    if about.get("cohort") != PHANTOM or about.get("failed"):
+        raise InputError(f"{run} is not a finished run on the embedded phantom; a board is frozen from one in which nothing failed")
+    rows = read_scores(run / "scores.csv")
+    size = sum(path.stat().st_size for path in (run / "predictions").rglob("*.nii.gz"))
+    if size > MAX_MASK_BYTES:
+        raise InputError(f"the masks of {run} take {size} bytes, a committed board may hold {MAX_MASK_BYTES}; use fewer arms or cases")
+    kept = {name: about[name] for name in ("study", "preset", "seeds", "folds", "protocol", "threads", "phantom", "arms")}
+    kept |= {"measured_with": about["versions"] | {"python": about["python"]}, "rerun_tolerances": RERUN_TOLERANCES, "base": about["arms"][0]}
+    for old in ("masks", "recipes"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    shutil.copytree(run / "predictions", folder / "masks", ignore=lambda _, names: [name for name in names if not name.endswith(".nii.gz")])
+    shutil.copytree(run / "recipes", folder / "recipes")
+    write_scores(folder / "scores.csv", rows)
+    write_atomically(folder / "cases.csv", (run / "cases.csv").read_bytes())
+    write_atomically(folder / "board.json", (json.dumps(kept, indent=1, sort_keys=True) + "\n").encode())
+    table, page = _board_files(rows, kept)
+    write_atomically(folder / "board.csv", table.encode())
+    write_atomically(folder / "README.md", page.encode())
+    return [folder / name for name in ("scores.csv", "cases.csv", "board.json", "board.csv", "README.md", "recipes", "masks")]
+
+
+def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
+    """Differences between a committed board and what comes out now, and the number of facts compared."""
+    about = _json(folder / "board.json")
+    committed = read_scores(folder / "scores.csv")
+    if about.get("phantom") != PHANTOM_COHORT:
+        raise InputError(f"{folder / 'board.json'} was made with the phantom {about.get('phantom')}, the embedded one is {PHANTOM_COHORT}; freeze it again")
+    study = make_study(about["study"], about["preset"])
+    untrained = {arm.name for arm in study.arms if arm.recipe.inference.predictor in UNTRAINED}
+    differences, compared = _stale_recipes(folder, study)
+    with tempfile.TemporaryDirectory(prefix="ichbench-check-") as scratch:
+        cohort = phantom_cohort(Path(scratch) / "cohort")
+        digests = {line["case"]: line["digest"] for line in csv.DictReader((folder / "cases.csv").read_text(encoding="utf-8").splitlines())}
+        known = set(cohort.train_ids) | set(cohort.test_ids)
+        differences += compare_digests(digests, {name: cohort.case_digest(name) for name in digests if name in known})
+        rescored = _rescored(folder, committed, cohort, about["protocol"])
+        differences += compare_scores(committed, rescored)
+        fresh = _measured(study, untrained, cohort, about, Path(scratch))
+        differences += compare_scores([row for row in committed if row.arm in untrained], fresh)
+        compared += len(digests) + len(committed) + len(fresh)
+        learned: list[Score] = []
+        if rerun:
+            trained = {arm.name for arm in study.arms} - untrained
+            learned = _measured(study, trained, cohort, about, Path(scratch))
+            before = _means([row for row in committed if row.arm in trained], about["rerun_tolerances"])
+            differences += compare_scores(before, _means(learned, about["rerun_tolerances"]), about["rerun_tolerances"])
+            compared += len(before)
+    # the board is rebuilt from what was measured now, so it cannot be right by itself
+    table, page = _board_files(rescored, about)
+    for name, text in (("board.csv", table), ("README.md", page)):
+        differences += compare_text(name, (folder / name).read_text(encoding="utf-8"), text)
+        compared += 1
+    return list(dict.fromkeys(differences)), compared
+
+
+def _measured(study: Study, names: set[str], cohort: Cohort, about: dict[str, Any], scratch: Path) -> list[Score]:
+    """Rows of some arms of the study, computed now."""
+    part = replace(study, arms=tuple(arm for arm in study.arms if arm.name in names))
+    if not part.arms:
+        return []
+    dag = make_dag(part, cohort, tuple(about["seeds"]), tuple(about["folds"]), "cpu", about["threads"], about["protocol"])
+    outcome = run_dag(dag, scratch / "steps", "cpu", about["threads"], 2, lambda event: None)
+    if outcome.failed:
+        raise CaseError("; ".join(f"{dag.steps[name].label}: {message}" for name, message in outcome.failed.items()))
+    return collect_scores(dag, scratch / "steps", dag.results)
+
+
+def _rescored(folder: Path, committed: list[Score], cohort: Cohort, protocol: str) -> list[Score]:
+    """The committed masks, scored now against the phantom as it is now."""
+    rows: list[Score] = []
+    known = set(cohort.train_ids) | set(cohort.test_ids)
+    for arm, fold, seed, name in dict.fromkeys((row.arm, row.fold, row.seed, row.case) for row in committed):
+        if name not in known:
+            continue
+        case = cohort.load(name, keep_file_order=True)
+        if case.labels_zyx is None:
+            raise CaseError(f"phantom case {name} has no reference mask any more")
+        source = folder / "masks" / (arm if fold == "-" else f"{arm}-fold{fold}-seed{seed}") / f"{name}.nii.gz"
+        predicted = read_labels(source, keep_file_order=True)[0] if source.is_file() else None
+        spacing, axes = case.grid.spacing_zyx_mm, case.grid.file_axes
+        rows += rows_for_case(arm, fold, seed, name, case.labels_zyx, predicted, spacing, protocol, cohort.labels, axes)
+    return rows
+
+
+def _stale_recipes(folder: Path, study: Study) -> tuple[list[Difference], int]:
+    """Arms whose recipe is not what it was, key by key: `training.loss was dice_ce, is ce`."""
+    committed = {path.stem: _json(path) for path in sorted((folder / "recipes").glob("*.json"))}
+    now = {arm.name: arm for arm in study.arms}
+    found: list[Difference] = []
+    for name in sorted(committed.keys() | now.keys()):
+        if name not in now or name not in committed:
+            where = "the study" if name in now else "the board"
+            found.append(Difference("text", f"recipes/{name}", None, None, f"only in {where}"))
+            continue
+        try:
+            old = Recipe.model_validate_json(json.dumps(committed[name]["recipe"]))
+        except ValueError:
+            found.append(Difference("text", f"recipes/{name}", None, None, "its keys are not known any more; freeze the board again"))
+            continue
+        for key, (was, value) in diff(now[name].recipe, old).items():
+            found.append(Difference("text", f"recipes/{name}", str(was), str(value), f"{key} was {was}, is {value}"))
+        if not found and json.loads(recipe_json(now[name])) != committed[name]:
+            found.append(Difference("text", f"recipes/{name}", committed[name].get("why"), now[name].why, "its reason or a default changed"))
+    return found, len(committed)
+
+
+def _board_files(rows: Iterable[Score], about: dict[str, Any]) -> tuple[str, str]:
+    """board.csv and the board's README, both functions of the rows."""
+    board = build_board(rows, base=about["base"], arm_order=about["arms"])
+    phantom = about["phantom"]
+    heading = (
+        f"# {about['study']} on the phantom\n\n"
+        f"Generated, do not edit. The shipped study `{about['study']}`, preset `{about['preset']}`, seeds {about['seeds']}, protocol "
+        f"`{about['protocol']}`, on {phantom['n_test']} test cases of the embedded phantom ({phantom['n_cases'] - phantom['n_test']} for training).\n"
+        "A synthetic head proves that the machinery works; it says nothing about patients.\n\n"
+        "Check: `ichbench check leaderboard/phantom`. Rewrite: `run-ablation --out RUN` and `ichbench freeze RUN leaderboard/phantom`.\n\n"
+    )
+    return board_csv(board.summaries, board.effects), heading + board_markdown(board)
+
+
+def _means(rows: list[Score], metrics: Iterable[str]) -> list[Score]:
+    """One row per arm and metric: the mean over cases and seeds."""
+    wanted, values = set(metrics), dict[tuple[str, str], list[float]]()
+    for row in rows:
+        if row.metric in wanted:
+            values.setdefault((row.arm, row.metric), []).append(row.value)
+    return [Score(arm, "-", "-", "mean", metric, sum(found) / len(found)) for (arm, metric), found in values.items()]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}; give the folder of a committed board, such as leaderboard/phantom") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{path} holds {type(table).__name__}, a table is needed; freeze the board again")
+    return table

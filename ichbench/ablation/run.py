@@ -1,0 +1,172 @@
+"""A study from settings to board: cohort, steps, facts, board."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ichbench.ablation.dag import Dag, Result, make_dag
+from ichbench.ablation.engine import Event, run_dag
+from ichbench.ablation.facts import run_notes, write_run
+from ichbench.ablation.folds import default_folds, parse_folds
+from ichbench.ablation.settings import PHANTOM, Settings
+from ichbench.ablation.step import result_of
+from ichbench.ablation.study import Study, make_study
+from ichbench.board.render import Board, build_board, write_board
+from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
+from ichbench.cases.files import write_atomically
+from ichbench.errors import InputError
+
+#: the embedded default cohort: cases, test cases among them, size and seed
+PHANTOM_COHORT = {"n_cases": 40, "n_test": 16, "size": "small", "seed": 0}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A study on a cohort, before anything is computed."""
+
+    settings: Settings
+    study: Study
+    cohort: Cohort
+    folds: tuple[str, ...]
+    dag: Dag
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run ended with. `board` is None where the base arm has no scores."""
+
+    board: Board | None
+    written: tuple[Path, ...]
+    notes: dict[str, list[str]]
+    failed: dict[str, str]
+    code: int
+
+
+def plan_run(settings: Settings, predictions: dict[str, Path]) -> Planned:
+    """Resolve arms, cohort, folds and steps; makes the output folder (and the phantom in it) but computes nothing else."""
+    study = make_study(settings.study, settings.preset, predictions)
+    check_out(settings.out)
+    cohort = phantom_cohort(settings.out / "cohort") if settings.cohort == PHANTOM else open_cohort(Path(settings.cohort), study)
+    folds = parse_folds(settings.folds or default_folds(cohort))
+    dag = make_dag(study, cohort, settings.seeds, folds, settings.device.split(":")[0], settings.threads, settings.protocol)
+    return Planned(settings, study, cohort, folds, dag)
+
+
+def open_cohort(path: Path, study: Study) -> Cohort:
+    """Read a cohort and refuse mixed orientations unless every arm reorients."""
+    cohort = read_cohort(path)
+    if not all(arm.recipe.prepare.reorient or arm.recipe.prepare.compatibility == "nnunet" for arm in study.arms):
+        check_orientations(cohort)
+    return cohort
+
+
+def phantom_cohort(folder: Path) -> Cohort:
+    """The embedded phantom, written to `folder` unless it is there already."""
+    from ichbench.cases.phantom import write_phantom
+
+    # dataset.json is the last file of a complete phantom
+    if not (folder / "phantom.json").is_file():
+        write_phantom(folder, **PHANTOM_COHORT)  # type: ignore[arg-type]
+    cohort = read_cohort(folder)
+    return Cohort(
+        PHANTOM, cohort.root, cohort.channel_names, cohort.labels, cohort.ignore_label, cohort.label_map, cohort.records, cohort.reorient
+    )
+
+
+def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
+    """Run what is not finished yet, then write facts and board."""
+    settings, study, began = planned.settings, planned.study, time.time()
+    out = settings.out
+    claim(planned)
+    root = out / "steps"
+    outcome = run_dag(planned.dag, root, settings.device, settings.threads, settings.workers, show)
+    complete = _complete_arms(planned.dag, root)
+    finished = [result for result in planned.dag.results if result.arm in complete]
+    about: dict[str, Any] = {
+        "study": study.name,
+        "why": study.why,
+        "cohort": planned.cohort.name,
+        "preset": settings.preset,
+        "seeds": list(settings.seeds),
+        "folds": list(planned.folds),
+        "protocol": settings.protocol,
+        "device": settings.device,
+        "threads": settings.threads,
+        "arms": [arm.name for arm in study.arms],
+        "failed": outcome.failed,
+        "wall_seconds": round(time.time() - began, 1),
+    }
+    if settings.cohort == PHANTOM:
+        about["phantom"] = PHANTOM_COHORT
+    written: list[Path] = []
+    board = None
+    if finished:
+        rows = write_run(out, study, planned.cohort, planned.dag, root, finished, about)
+        written = [out / "scores.csv", out / "cases.csv", out / "run.json"]
+        order = [arm.name for arm in study.arms if arm.name in complete]
+        base = study.base if study.base in complete else None
+        board = build_board(rows, base=base, arm_order=order)
+        written += write_board(board, out)
+    labels = {planned.dag.steps[step_id].label: message for step_id, message in outcome.failed.items()}
+    code = 0 if not outcome.failed else max(outcome.codes.values())
+    return Finished(board, tuple(written), run_notes(planned.dag, root, finished), labels, code)
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output folder that holds something other than a study."""
+    if out.is_file():
+        raise InputError(f"--out {out} is a file; give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").exists():
+        inside = sorted(path.name for path in out.iterdir())
+        if inside not in (["cohort"], ["cohort", "steps"]):
+            raise InputError(f"--out {out} is not empty and is not a study's folder (it holds {', '.join(inside[:5])}); give a new folder")
+
+
+def claim(planned: Planned) -> None:
+    """Write what the folder is for, or refuse it when it is for something else."""
+    settings, path = planned.settings, planned.settings.out / "study.json"
+    identity = {
+        "study": planned.study.name,
+        "arms": {arm.name: arm.recipe.model_dump(mode="json") for arm in planned.study.arms},
+        "cohort": planned.cohort.digest(),
+        "seeds": list(settings.seeds),
+        "folds": list(planned.folds),
+        "protocol": settings.protocol,
+    }
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged ({error}); give another --out") from None
+        different = [name for name in identity if found.get(name) != json.loads(json.dumps(identity[name]))]
+        if different:
+            raise InputError(
+                f"--out {settings.out} belongs to another study: {'; '.join(_change(name, found.get(name), identity[name]) for name in different)}. "
+                "Nothing was changed; give a new --out, or the settings that the folder was made with"
+            )
+    write_atomically(path, json.dumps(identity, indent=1, sort_keys=True).encode())
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    if name == "arms" and isinstance(old, dict):
+        changed = sorted(arm for arm in old.keys() | new.keys() if old.get(arm) != json.loads(json.dumps(new.get(arm))))
+        return f"arms that differ: {', '.join(changed)}"
+    return f"its {name} is {_short(old)}, asked for is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _complete_arms(dag: Dag, root: Path) -> set[str]:
+    """Arms all of whose scores are there; a half-scored arm is not shown as if it were whole."""
+    per_arm: dict[str, list[Result]] = {}
+    for result in dag.results:
+        per_arm.setdefault(result.arm, []).append(result)
+    return {arm for arm, results in per_arm.items() if all(result_of(root / result.score_step) is not None for result in results)}

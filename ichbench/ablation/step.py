@@ -1,0 +1,292 @@
+"""One step of a study: a directory with `step.json` (what to do) that ends with `result.json` (that it is done).
+
+    python -m ichbench.ablation.step DIR...
+
+Files are the truth. An attempt works in `attempts/N/` (log, exit code, output) under a lock; `result.json` names the
+attempt that counts and is published last, whole or not at all. A scheduler may start a step twice: the second attempt
+finds the lock taken (exit 75) or the result there (exit 0), and only one can publish.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ichbench.ablation.dag import Step
+from ichbench.cases.files import write_atomically
+from ichbench.errors import CaseError, InputError
+
+DONE, FAILED, WRONG_INPUT, AGAIN = 0, 1, 2, 75
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage function gets: the spec, where the cohort lies, the finished inputs, and a folder to write to."""
+
+    spec: dict[str, Any]
+    where: dict[str, str]
+    inputs: dict[str, Path]
+    out: Path
+    device: str
+    threads: int
+
+    def model(self, name: str, model: Any) -> Any:
+        """A part of the recipe out of the spec."""
+        return model.model_validate_json(json.dumps(self.spec[name]))
+
+
+def write_step(root: Path, step: Step, device: str, threads: int) -> Path:
+    """Make the directory of a step under `root`; a finished one is left alone. Returns the directory."""
+    folder = root / step.id
+    path = folder / "step.json"
+    # an unfinished step is written again, since the cohort may have moved
+    if not (folder / "result.json").exists():
+        table = {"kind": step.kind, "spec": step.spec, "inputs": step.inputs, "where": step.where, "label": step.label}
+        write_atomically(path, json.dumps(table | {"device": device, "threads": threads}, indent=1, sort_keys=True).encode())
+    return folder
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """The published result of a step, or None while there is none."""
+    try:
+        table = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'result.json'} is damaged ({error}); delete the folder {folder.name} and run again") from None
+    return table if isinstance(table, dict) else None
+
+
+def output_of(folder: Path) -> Path:
+    """The output folder of a finished step."""
+    result = result_of(folder)
+    if result is None:
+        raise InputError(f"step {folder.name} is not finished; run the study again")
+    return folder / "attempts" / str(result["attempt"]) / "output"
+
+
+def run_step(folder: Path) -> int:
+    """Run one step unless it is done or another process has it. Returns an exit code (0, 1, 2 or 75)."""
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return DONE if result_of(folder) is not None else _attempt(folder)
+    except Timeout:
+        return AGAIN
+
+
+def _attempt(folder: Path) -> int:
+    table = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+    number = 1 + max((int(path.name) for path in folder.glob("attempts/*") if path.name.isdecimal()), default=0)
+    attempt = folder / "attempts" / str(number)
+    (attempt / "output").mkdir(parents=True)
+    began = time.monotonic()
+    notes: list[str] = []
+    with (attempt / "log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        print(f"{table['label']} (attempt {number})", flush=True)  # noqa: T201
+        try:
+            inputs = {name: output_of(folder.parent / step_id) for name, step_id in table["inputs"].items()}
+            task = Task(table["spec"], table["where"], inputs, attempt / "output", table["device"], table["threads"])
+            with _collected_warnings(notes):
+                extra = STAGES[table["kind"]](task)
+        except (InputError, CaseError) as error:
+            code = WRONG_INPUT if isinstance(error, InputError) else FAILED
+            message = str(error)
+            print(message)  # noqa: T201
+        except KeyboardInterrupt:
+            code, message = AGAIN, "interrupted"
+        except Exception as error:  # a defect of ours: the log keeps the traceback, the user gets one line
+            code, message = FAILED, f"{type(error).__name__}: {error} (see {attempt / 'log'})"
+            traceback.print_exc()
+        else:
+            code, message = DONE, ""
+    seconds = round(time.monotonic() - began, 3)
+    write_atomically(attempt / "exit.json", json.dumps({"code": code, "message": message, "seconds": seconds}).encode())
+    if code == DONE:
+        files = {
+            str(path.relative_to(attempt / "output")): _sha256(path) for path in sorted((attempt / "output").rglob("*")) if path.is_file()
+        }
+        result = {"attempt": number, "seconds": seconds, "notes": list(dict.fromkeys(notes)), "files": files} | extra
+        write_atomically(folder / "result.json", json.dumps(result, indent=1, sort_keys=True).encode())
+        for old in (folder / "attempts").iterdir():
+            if old.name != str(number):
+                shutil.rmtree(old / "output", ignore_errors=True)
+    return code
+
+
+def last_message(folder: Path) -> str:
+    """Why the last attempt of a step failed, in one line."""
+    exits = sorted(folder.glob("attempts/*/exit.json"), key=lambda path: int(path.parent.name))
+    if not exits:
+        return "the process died without a word (killed, or out of memory?)"
+    return str(json.loads(exits[-1].read_text(encoding="utf-8"))["message"])
+
+
+def _prepare(task: Task) -> dict[str, Any]:
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.prepare.fingerprint import fingerprint
+    from ichbench.prepare.pipeline import flagged_case, prepare_case
+    from ichbench.prepare.plan import make_plan
+    from ichbench.prepare.store import write_prepared
+    from ichbench.recipe import PlanRecipe, PrepareRecipe
+
+    prepare, plan_recipe = task.model("prepare", PrepareRecipe), task.model("plan", PlanRecipe)
+    cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
+    ids = list(task.spec["cases"])
+    keep = prepare.compatibility == "nnunet"
+    found = fingerprint((flagged_case(cohort.load(name, keep), prepare)[0] for name in ids), prepare, cohort.channel_names)
+    plan = make_plan(found, plan_recipe, cohort.channel_names, cohort.labels, prepare)
+    write_atomically(task.out / "fingerprint.json", json.dumps(found.to_json(), indent=1).encode())
+    write_atomically(task.out / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
+    print("\n".join(plan.explain()), flush=True)  # noqa: T201
+    for name in ids:
+        write_prepared(task.out / "cases", prepare_case(cohort.load(name, keep), prepare, plan))
+    return {"plan": plan.explain()}
+
+
+def _train(task: Task) -> dict[str, Any]:
+    from ichbench.prepare.plan import Plan
+    from ichbench.prepare.store import read_prepared
+    from ichbench.recipe import NetworkRecipe, TrainingRecipe
+    from ichbench.training.trainer import train
+
+    _set_threads(task.threads)
+    plan = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
+    store = task.inputs["prepare"] / "cases"
+    names = list(dict.fromkeys([*task.spec["train"], *task.spec["validate"]]))
+    cases = {name: read_prepared(store, name) for name in names}
+    result = train(
+        [cases[name] for name in task.spec["train"]],
+        [cases[name] for name in task.spec["validate"]],
+        plan,
+        task.model("network", NetworkRecipe),
+        task.model("training", TrainingRecipe),
+        task.spec["seed"],
+        task.out,
+        task.device,
+        task.threads,
+    )
+    return {"training": result}
+
+
+def _predict(task: Task) -> dict[str, Any]:
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.cases.images import write_labels
+    from ichbench.inference.predictors import PREDICTORS, Tools, fit_thresholds
+    from ichbench.prepare.plan import Plan
+    from ichbench.recipe import InferenceRecipe, NetworkRecipe, PrepareRecipe
+
+    inference, prepare = task.model("inference", InferenceRecipe), task.model("prepare", PrepareRecipe)
+    cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
+    keep = prepare.compatibility == "nnunet"
+    tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.device}
+    if "prepare" in task.inputs:
+        tools["plan"] = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
+    if "train" in task.inputs:
+        from ichbench.network.unet import make_unet
+        from ichbench.network.weights import load_weights
+
+        _set_threads(task.threads)
+        step = json.loads((task.inputs["train"].parents[2] / "step.json").read_text(encoding="utf-8"))
+        network = make_unet(tools["plan"], NetworkRecipe.model_validate_json(json.dumps(step["spec"]["network"])))
+        load_weights(network, task.inputs["train"] / f"{inference.checkpoint}.safetensors")
+        tools["networks"] = [network.to(task.device).eval()]
+    extra: dict[str, Any] = {}
+    if inference.predictor == "threshold":
+        tools["thresholds_hu"] = fit_thresholds((cohort.load(name, keep) for name in task.spec["fit_on"]), inference.threshold)
+        tools["foreground_label"] = cohort.foreground_labels[0]
+        extra["thresholds_hu"] = list(tools["thresholds_hu"])
+    if "predictions" in task.where:
+        tools["predictions"] = Path(task.where["predictions"])
+    seconds: dict[str, float] = {}
+    for name in task.spec["cases"]:
+        began = time.monotonic()
+        case = cohort.load(name, keep)
+        prediction = PREDICTORS[inference.predictor](case, Tools(**tools))
+        if prediction.labels_zyx is not None:
+            write_labels(task.out / f"{name}.nii.gz", prediction.labels_zyx, case.grid)
+        seconds[name] = round(time.monotonic() - began, 3)
+    return extra | {"seconds_per_case": seconds}
+
+
+def _score(task: Task) -> dict[str, Any]:
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.cases.images import read_labels
+    from ichbench.scoring.score import rows_for_case, write_scores
+
+    cohort = read_cohort(Path(task.where["cohort"]))
+    labels = cohort.labels | ({"ignore": cohort.ignore_label} if cohort.ignore_label is not None else {})
+    rows = []
+    for name in task.spec["cases"]:
+        # in file order: the two masks must agree voxel by voxel as they lie on disk, whatever the cohort's orientation
+        case = cohort.load(name, keep_file_order=True)
+        if case.labels_zyx is None:
+            raise InputError(f"case {name} of cohort {cohort.name} has no reference mask to score against")
+        found = task.inputs["predict"] / f"{name}.nii.gz"
+        predicted = read_labels(found, keep_file_order=True)[0] if found.is_file() else None
+        spacing, axes = case.grid.spacing_zyx_mm, case.grid.file_axes
+        rows += rows_for_case("-", "-", "-", name, case.labels_zyx, predicted, spacing, task.spec["protocol"], labels, axes)
+    write_scores(task.out / "scores.csv", rows)
+    return {}
+
+
+STAGES: dict[str, Callable[[Task], dict[str, Any]]] = {"prepare": _prepare, "train": _train, "predict": _predict, "score": _score}
+
+
+@contextlib.contextmanager
+def _collected_warnings(notes: list[str]) -> Iterator[None]:
+    """Our own warnings (a window that erased everything, say) are kept for the board; others go to the log."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            for item in caught:
+                if issubclass(item.category, UserWarning) and "ichbench" in (
+                    item.category.__module__,
+                    item.category.__module__.split(".")[0],
+                ):
+                    notes.append(f"{item.category.__name__}: {item.message}")
+                print(f"warning: {item.category.__name__}: {item.message}")  # noqa: T201
+
+
+def _set_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def main(folders: list[str]) -> int:
+    """Run the steps in the given directories in turn; stops at the first that does not end well."""
+    for name in folders:
+        folder = Path(name)
+        if not (folder / "step.json").is_file():
+            sys.stderr.write(f"{folder} holds no step.json; give the directory of a step\n")
+            return WRONG_INPUT
+        code = run_step(folder)
+        if code != DONE:
+            sys.stderr.write(f"{folder.name}: {'another process has this step' if code == AGAIN else last_message(folder)}\n")
+            return code
+    return DONE
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""What a NIfTI header says, checked, in the file's own axis order and words. `images.py` turns it into arrays and grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from ichbench.cases.case import FloatArray
+from ichbench.cases.files import BoundedReader
+from ichbench.errors import InputError
+
+#: pixdim and the length of the affine's columns may differ by this much, relative to each other, before we warn.
+SPACING_TOLERANCE = 1e-3
+#: All that NIfTI says about space except the shape.
+GEOMETRY_FIELDS = (
+    "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "srow_x", "srow_y", "srow_z", "xyzt_units", "dim_info",
+)  # fmt: skip
+HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+
+
+@dataclass(frozen=True)
+class FileGeometry:
+    """What a header says about space, in file order. `oriented` is false when it says nothing usable about directions."""
+
+    affine_4x4: FloatArray
+    spacing_ijk_mm: tuple[float, float, float] | None
+    oriented: bool
+    complaints: tuple[str, ...]
+
+
+def read_header(reader: BoundedReader) -> tuple[Any, NDArray[np.uint8]]:
+    """The NIfTI header and the first bytes of the file."""
+    head = np.zeros(544, dtype=np.uint8)
+    head = head[: reader.read_into(head)]
+    if not len(head):
+        raise InputError(f"{reader.path}: is empty; copy or download it again")
+    header = parse_header(head.tobytes())
+    if header is None:
+        raise InputError(
+            f"{reader.path}: is not a NIfTI file (single-file NIfTI-1 or NIfTI-2, .nii or .nii.gz): it starts with "
+            f"{head[:8].tobytes()!r}; convert it to NIfTI first"
+        )
+    return header, head
+
+
+def parse_header(head: bytes) -> Any | None:
+    """A nibabel header in the file's own byte order, or None where this is not single-file NIfTI."""
+    for size, kind in HEADER_BYTES.items():
+        for order in "<>":
+            if len(head) >= size and int(np.frombuffer(head, dtype=f"{order}i4", count=1)[0]) == size:
+                header: Any = kind(head[:size], order, False)  # type: ignore[no-untyped-call]
+                return header if bytes(header["magic"])[:2] == b"n+" else None
+    return None
+
+
+def shape_ijk_of(path: Path, header: Any) -> tuple[int, int, int]:
+    """The shape (i, j, k); trailing axes of one voxel are dropped. `InputError` for 1D, 2D and real 4D files."""
+    dim = [int(n) for n in header["dim"]]
+    n_dims = dim[0]
+    if not 1 <= n_dims <= 7:
+        raise InputError(f"{path}: the header claims {n_dims} dimensions; a 3D volume is needed; write the file again from its source")
+    shape = dim[1 : n_dims + 1]
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        hint = "stack the slices into one volume" if len(shape) < 3 else "write one file per channel or time point"
+        raise InputError(f"{path}: has {len(shape)} dimensions {tuple(shape)}, a 3D volume is needed; {hint}")
+    if min(shape) < 1:
+        raise InputError(f"{path}: the header claims the shape {tuple(shape)}; every axis needs at least one voxel")
+    return shape[0], shape[1], shape[2]
+
+
+def voxel_type(path: Path, header: Any) -> np.dtype[Any]:
+    """The stored type in the file's byte order; `InputError` for colours, complex numbers and unknown codes."""
+    try:
+        dtype = np.dtype(header.get_data_dtype())
+    except (HeaderDataError, KeyError) as error:
+        raise InputError(f"{path}: unknown NIfTI voxel type {int(header['datatype'])}; write it as int16 or float32") from error
+    if dtype.kind not in "iuf":
+        raise InputError(f"{path}: voxels are {dtype}, not numbers; write one real value per voxel, int16 or float32")
+    in_file: np.dtype[Any] = dtype.newbyteorder(header.endianness)
+    return in_file
+
+
+def voxel_offset(path: Path, header: Any) -> int:
+    """The byte at which the voxels start in the unpacked file."""
+    offset, first = float(header["vox_offset"]), int(header["sizeof_hdr"]) + 4
+    if not np.isfinite(offset) or offset != int(offset) or offset < 0:
+        raise InputError(f"{path}: voxels are said to start at byte {offset}; {first} or more is allowed; write it again from its source")
+    return max(int(offset), first)  # 0 is common and means "right after the header"
+
+
+def scaling(path: Path, header: Any) -> tuple[float | None, float]:
+    """Slope and offset to apply, (None, 0) when the stored values are meant as they are."""
+    slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or not np.isfinite(slope):  # NIfTI: "do not scale"
+        return None, 0.0
+    if not np.isfinite(inter):
+        raise InputError(f"{path}: scl_inter is {inter}; a finite number is needed; write it again from its source")
+    return (None, 0.0) if (slope, inter) == (1.0, 0.0) else (slope, inter)
+
+
+@np.errstate(invalid="ignore")  # a damaged header may hold signalling NaNs
+def geometry_of(header: Any) -> FileGeometry:
+    """Affine (sform, else qform, else nibabel's default), voxel size, and what is wrong with them."""
+    complaints: list[str] = []
+    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    pixdim_usable = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
+    spacing = (float(pixdim[0]), float(pixdim[1]), float(pixdim[2])) if pixdim_usable else None
+    affine: FloatArray | None = None
+    for name in ("sform", "qform"):  # sform first, as nibabel does
+        if int(header[f"{name}_code"]) <= 0 or affine is not None:
+            continue
+        try:
+            candidate = np.asarray(getattr(header, f"get_{name}")(), dtype=np.float64)
+        except (HeaderDataError, ValueError) as error:
+            complaints.append(f"its {name} is unusable ({error})")
+            continue
+        if np.isfinite(candidate).all() and abs(np.linalg.det(candidate[:3, :3])) > 1e-12:
+            affine = candidate
+        else:
+            complaints.append(f"its {name} is unusable {candidate[:3].tolist()}")
+    if affine is None:
+        if spacing is None:
+            complaints.append(f"its pixdim {pixdim.tolist()} is unusable")
+            return FileGeometry(np.eye(4), None, False, tuple(complaints))
+        return FileGeometry(np.asarray(header.get_base_affine(), dtype=np.float64), spacing, False, tuple(complaints))
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if spacing is None:
+        complaints.append(f"its pixdim {pixdim.tolist()} is unusable; the affine's {lengths.tolist()} mm is used")
+    elif np.any(np.abs(lengths - pixdim) > SPACING_TOLERANCE * pixdim):
+        complaints.append(f"its pixdim says {pixdim.tolist()} mm, its affine {lengths.tolist()} mm (i, j, k); pixdim is used for distances")
+    return FileGeometry(affine, spacing, True, tuple(complaints))

@@ -1,0 +1,280 @@
+"""The command line: parse, call one function, print. Heavy imports live inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ichbench.errors import CaseError, InputError
+
+app = typer.Typer(
+    name="ichbench",
+    help="Ablations, scores and leaderboards that hold up, for intracranial hemorrhage segmentation on head CT.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+INTERRUPTED = 75
+
+
+@ablation.command()
+def run_ablation(
+    study: Annotated[str | None, typer.Argument(help="a shipped study (preprocessing, phe, ...) or a TOML file")] = None,
+    cohort: Annotated[str | None, typer.Option(help="phantom, a cohort folder or a cohort.csv")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for everything that is written")] = None,
+    preset: Annotated[str | None, typer.Option(help="how much is computed: smoke, small, full")] = None,
+    seeds: Annotated[str | None, typer.Option(help="training seeds, such as 0,1,2")] = None,
+    folds: Annotated[str | None, typer.Option(help="full, cv, or numbers such as 0,1")] = None,
+    workers: Annotated[str | None, typer.Option(help="steps that run at once (default: one per core)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
+    threads: Annotated[str | None, typer.Option(help="threads per step; scores depend on it in the last digits")] = None,
+    protocol: Annotated[str | None, typer.Option(help="scoring protocol: instance2022 or strict")] = None,
+    predictions: Annotated[list[str] | None, typer.Option(help="NAME=DIR: somebody else's masks as an arm")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show settings, arms and steps, compute nothing")] = False,
+) -> None:
+    """Run an ablation study: base and every changed arm, trained, scored and compared; ends with a board.
+
+    Without arguments: the paper's preprocessing flags on the embedded phantom, in minutes. Run it again to resume.
+    """
+    from ichbench.ablation.run import plan_run, run_study
+    from ichbench.ablation.settings import settle, settle_study
+    from ichbench.ablation.study import read_study_file
+
+    given = {"study": study, "cohort": cohort, "out": out, "preset": preset, "seeds": seeds, "folds": folds}
+    given |= {"workers": workers, "device": device, "threads": threads, "protocol": protocol}
+    defaults = read_study_file(settle_study(study))[1].run
+    settings = settle(given, defaults)
+    folders = dict(_named_folder(text) for text in predictions or [])
+    if dry_run:
+        _dry_run(settings, folders)
+        return
+    from ichbench.progress import Progress
+
+    typer.echo(f"study {settings.study}, cohort {settings.cohort}, preset {settings.preset}, seeds {','.join(map(str, settings.seeds))}")
+    planned = plan_run(settings, folders)
+    try:
+        with Progress(planned.dag) as progress:
+            finished = run_study(planned, progress.show)
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted; run the same command again to go on after the last finished step", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    _print_finished(finished)
+    if finished.code:
+        raise typer.Exit(finished.code)
+
+
+def _dry_run(settings: Any, folders: dict[str, Path]) -> None:
+    from ichbench.ablation.settings import PHANTOM
+    from ichbench.ablation.study import make_study
+    from ichbench.cases.cohort import read_cohort
+
+    typer.echo("\n".join(settings.lines()))
+    study = make_study(settings.study, settings.preset, folders)
+    typer.echo(f"\nstudy {study.name}: {study.why}")
+    for arm in study.arms:
+        changes = ", ".join(f"{key} = {value}" for key, value in arm.changes.items()) or "nothing"
+        typer.echo(f"  {arm.name}: changes {changes}")
+    if settings.cohort != PHANTOM:
+        from ichbench.ablation.dag import make_dag
+        from ichbench.ablation.folds import default_folds, parse_folds
+
+        found = read_cohort(Path(settings.cohort))
+        folds = parse_folds(settings.folds or default_folds(found))
+        dag = make_dag(study, found, settings.seeds, folds, settings.device.split(":")[0], settings.threads, settings.protocol)
+        kinds = [step.kind for step in dag.steps.values()]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        typer.echo(f"\ncohort {found.name}: {len(found.train_ids)} training, {len(found.test_ids)} test cases; folds {','.join(folds)}")
+        typer.echo(f"{len(kinds)} steps: {counts}")
+    typer.echo("\nnothing was computed (--dry-run)")
+
+
+def _print_finished(finished: Any) -> None:
+    from ichbench.board.render import board_text
+
+    if finished.board is not None:
+        typer.echo("")
+        typer.echo(board_text(finished.board))
+    for arm, notes in finished.notes.items():
+        shown = notes[0] + (f" (and {len(notes) - 1} more like it in run.json)" if len(notes) > 1 else "")
+        typer.echo(f"warning, {arm}: {shown}")
+    for label, message in finished.failed.items():
+        typer.echo(f"failed, {label}: {message}", err=True)
+    if finished.written:
+        typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in finished.written))
+
+
+def _named_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not equals or not name or not folder:
+        raise InputError(f"--predictions {text!r} is not understood; give NAME=DIR, such as --predictions theirs=masks/")
+    return name, Path(folder)
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="new folder for the cohort (nnU-Net raw layout)")],
+    cases: Annotated[int, typer.Option(min=1, help="number of cases; about a third become test cases")] = 12,
+    size: Annotated[str, typer.Option(help="small (96 x 96) or full (512 x 512)")] = "small",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write analytic head CTs with bleeds of known volume."""
+    from ichbench.cases.phantom import write_phantom
+
+    write_phantom(out, cases, size, seed)
+    typer.echo(f"{cases} cases written to {out}; true volumes in {out / 'phantom.json'}")
+
+
+@app.command()
+def score(
+    reference: Annotated[Path, typer.Argument(help="reference mask, or folder of masks")],
+    prediction: Annotated[Path, typer.Argument(help="predicted mask, or folder with files of the same names")],
+    protocol: Annotated[str, typer.Option(help="instance2022 or strict")] = "instance2022",
+    out: Annotated[Path | None, typer.Option(help="write scores.csv here")] = None,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+) -> None:
+    """Score masks against references, case by case, by the official rules."""
+    from ichbench.scoring.score import score_files, score_folder, write_scores
+
+    if not reference.exists():
+        raise InputError(f"{reference} does not exist; give a reference mask or a folder of them")
+    if reference.is_dir():
+        if not prediction.is_dir():
+            raise InputError(f"{reference} is a folder, but {prediction} is not; give two folders or two files")
+        rows = score_folder(reference, prediction, protocol, workers=workers)
+    else:
+        rows = score_files(reference, prediction, protocol)
+    _print_rows(rows)
+    if out is not None:
+        write_scores(out, rows)
+        typer.echo(f"\nwritten: {out}")
+
+
+def _print_rows(rows: list[Any]) -> None:
+    from ichbench.board.render import board_text, build_board
+
+    shown = ("dice", "nsd", "rvd", "hd", "hd95", "assd", "reference_ml", "predicted_ml")
+    cases: dict[str, dict[str, float]] = {}
+    for row in rows:
+        cases.setdefault(row.case, {})[row.metric] = row.value
+    width = max(4, *(len(name) for name in cases))
+    typer.echo("case".ljust(width) + "".join(name.rjust(14) for name in shown))
+    for name, values in cases.items():
+        mark = "  no prediction file" if values.get("missing") else "  empty prediction" if values.get("empty_prediction") else ""
+        typer.echo(name.ljust(width) + "".join(f"{values[metric]:14.4f}" for metric in shown) + mark)
+    if len(cases) > 1:
+        typer.echo("")
+        typer.echo(board_text(build_board(rows, base=None)))
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="a model folder, such as RUN/models/base-foldfull-seed0")],
+    image: Annotated[Path, typer.Argument(help="one head CT (.nii.gz), or a folder of them")],
+    out: Annotated[Path, typer.Option(help="mask file, or folder when the input is a folder")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Segment a head CT with a trained model; prints the volume in ml."""
+    from ichbench.ablation.settings import resolve_device
+    from ichbench.inference.model import load_model, predict_path
+
+    tools = load_model(model, resolve_device(device))
+    for done in predict_path(tools, image, out):
+        typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
+
+
+@app.command()
+def board(
+    scores: Annotated[list[Path], typer.Argument(help="one or more scores.csv, or folders that hold one")],
+    out: Annotated[Path | None, typer.Option(help="write board.csv and board.md here")] = None,
+    base: Annotated[str, typer.Option(help="arm that the others are compared with; none for no comparison")] = "base",
+) -> None:
+    """Make a board from score rows."""
+    from ichbench.board.render import board_text, build_board, write_board
+    from ichbench.scoring.score import read_scores
+
+    rows = [row for path in scores for row in read_scores(path / "scores.csv" if path.is_dir() else path)]
+    made = build_board(rows, base=base if base != "none" and any(row.arm == base for row in rows) else None)
+    typer.echo(board_text(made))
+    if out is not None:
+        typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in write_board(made, out)))
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="BOARD", help="a committed board, such as leaderboard/phantom")],
+    rerun: Annotated[bool, typer.Option("--rerun", help="also train again and compare within the stated tolerance")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
+) -> None:
+    """Do the committed numbers still come out? Exits with 1 and a table when one does not."""
+    from ichbench.ablation.recheck import recheck
+    from ichbench.board.check import check_json, render_check
+
+    differences, compared = recheck(folder, rerun)
+    typer.echo((check_json if as_json else render_check)(differences, compared), nl=False)
+    if differences or not compared:
+        raise typer.Exit(1)
+
+
+@app.command()
+def freeze(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run-ablation on the phantom")],
+    folder: Annotated[Path, typer.Argument(metavar="BOARD", help="the committed board to write, such as leaderboard/phantom")],
+) -> None:
+    """Make a finished run the committed board that `ichbench check` compares with."""
+    from ichbench.ablation.recheck import freeze_board
+
+    for path in freeze_board(run, folder):
+        typer.echo(f"  {path}")
+
+
+@app.command()
+def validate(cohort: Annotated[Path, typer.Argument(help="a cohort folder or cohort.csv")]) -> None:
+    """Read every file of a cohort and report every problem; exits with 2 when there is one."""
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.cases.cohort import validate as find_problems
+
+    found = read_cohort(cohort)
+    problems = find_problems(found, voxels=True)
+    typer.echo(f"cohort {found.name}: {len(found.train_ids)} training, {len(found.test_ids)} test cases, {len(problems)} problems")
+    for problem in problems:
+        typer.echo(f"  {problem}")
+    if problems:
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point of `ichbench`."""
+    _guarded(app)
+
+
+def run_ablation_main() -> None:
+    """Entry point of `run-ablation`."""
+    _guarded(ablation)
+
+
+def _guarded(command: typer.Typer) -> None:
+    """Run a command; failures a user can cause are one message and an exit code, never a traceback."""
+    import signal
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        command(standalone_mode=True)
+    except InputError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except CaseError as error:
+        typer.echo(f"failed: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

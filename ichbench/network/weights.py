@@ -1,0 +1,94 @@
+"""Weights on disk: safetensors beside a JSON manifest that holds their sha256. No pickle is read or written.
+
+`final.safetensors` comes with `final.json`: {"sha256": ..., "tensors": {name: shape}, "about": {...}}. The digest is
+checked before a byte of the weights is parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
+from torch import Tensor, nn
+
+from ichbench.errors import InputError
+
+
+def save_weights(network: nn.Module, path: Path, about: dict[str, Any] | None = None) -> str:
+    """Write the network's parameters to `path` (*.safetensors) and the manifest beside it; returns the sha256.
+
+    Each file appears whole or not at all. `about` is any JSON that describes them (seed, epoch).
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    data = format_safetensors(tensors)
+    sha256 = hashlib.sha256(data).hexdigest()
+    manifest = {"sha256": sha256, "tensors": {name: list(value.shape) for name, value in tensors.items()}, "about": about or {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data)
+    write_atomically(manifest_path(path), (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    return sha256
+
+
+def load_weights(network: nn.Module, path: Path) -> dict[str, Any]:
+    """Fill `network` from `path` and return the manifest's `about`.
+
+    Raises InputError for a missing or unreadable file, a digest that does not match, or weights of another network.
+    """
+    tensors, about = read_weights(path)
+    own = network.state_dict()
+    wrong = sorted(own.keys() ^ tensors.keys())
+    if wrong:
+        more = f" and {len(wrong) - 1} more names" if wrong[1:] else ""
+        raise InputError(f"{path}: these weights belong to another network: {wrong[0]!r}{more} do not match the plan")
+    for name, value in tensors.items():
+        if value.shape != own[name].shape:
+            raise InputError(f"{path}: {name} has shape {tuple(value.shape)}, but the plan's network has {tuple(own[name].shape)}")
+    network.load_state_dict(tensors)
+    return about
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, about), after the digest was found right. Raises InputError."""
+    try:
+        manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the weights {path} and their manifest {manifest_path(path).name}: {error}") from None
+    expected = manifest.get("sha256") if isinstance(manifest, dict) else None
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise InputError(f"{path}: sha256 is {found}, but the manifest says {expected}; the file was damaged or replaced, train or copy it again")
+    try:
+        tensors = parse_safetensors(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a safetensors file: {error}") from None
+    return {name: value.to(torch.float32) for name, value in tensors.items()}, dict(manifest.get("about", {}))
+
+
+def manifest_path(path: Path) -> Path:
+    """final.safetensors -> final.json"""
+    return path.with_suffix(".json")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary file in the same folder, flush it to the disk, then rename it over `path`."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,61 @@
+"""Crop to the nonzero region, nnU-Net's way (facts/nnunet-v2.md, sections 2 and 4)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+def nonzero_box(image_czyx: NDArray[np.floating]) -> tuple[Box, NDArray[np.bool_]]:
+    """Half-open box around voxels that are nonzero in any channel, and the mask inside it with its holes filled.
+
+    An image of zeros gives the full box and an empty mask. Hole filling cannot enlarge the box, so it is done inside it.
+    """
+    mask = (image_czyx != 0).any(axis=0)
+    if mask.all() or not mask.any():
+        return _full(mask.shape), mask
+    spans = []
+    for axis in range(3):
+        found = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        spans.append((int(found[0]), int(found[-1]) + 1))
+    box: Box = (spans[0], spans[1], spans[2])
+    return box, fill_holes(mask[slices(box)])
+
+
+def fill_holes(mask_zyx: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Set voxels that cannot reach the array's border through unset faces: scipy's `binary_fill_holes`, but in one pass."""
+    regions, count = ndimage.label(~mask_zyx)
+    if count == 0:
+        return mask_zyx
+    outside = np.zeros(count + 1, dtype=bool)
+    for axis in range(3):
+        for end in (0, -1):
+            outside[np.unique(regions.take(end, axis=axis))] = True
+    outside[0] = False
+    return ~outside[regions]
+
+
+def crop_to_nonzero(
+    image_czyx: NDArray[np.float32], labels_zyx: NDArray[np.integer] | None
+) -> tuple[NDArray[np.float32], NDArray[np.int16], Box]:
+    """Image and labels inside the nonzero box. Labels that are 0 outside the filled mask become -1.
+
+    Without labels the second value is 0 inside the mask and -1 outside, which is all that normalisation asks for.
+    """
+    box, mask = nonzero_box(image_czyx)
+    inside = slices(box)
+    labels = np.zeros(mask.shape, dtype=np.int16) if labels_zyx is None else labels_zyx[inside].astype(np.int16)
+    labels[(labels == 0) & ~mask] = -1
+    return image_czyx[(slice(None), *inside)], labels, box
+
+
+def slices(box: Box) -> tuple[slice, slice, slice]:
+    """The box as an index."""
+    return slice(*box[0]), slice(*box[1]), slice(*box[2])
+
+
+def _full(shape: tuple[int, ...]) -> Box:
+    return (0, shape[0]), (0, shape[1]), (0, shape[2])

@@ -1,0 +1,171 @@
+"""The training cases in numbers: spacings, shapes and foreground intensities (nnU-Net's dataset_fingerprint.json).
+
+It is taken after the paper's flags have acted, because those change spacing, shape and grey values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ichbench.cases.case import Case
+from ichbench.errors import InputError
+from ichbench.prepare.crop import nonzero_box, slices
+
+#: nnU-Net draws this many foreground voxels in all, shared evenly between the cases
+N_SAMPLES = 10**8
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What planning and CT normalisation know of a cohort; one entry a case, in the order of the cases.
+
+    spacings                 mm, (z, y, x), before cropping
+    shapes_after_crop        voxels, (z, y, x), of the nonzero box
+    intensities              channel index as text -> mean, median, std, min, max, percentile_00_5, percentile_99_5 of the foreground
+    median_relative_size     median over cases of voxels after / before the crop
+    """
+
+    spacings: tuple[tuple[float, float, float], ...]
+    shapes_after_crop: tuple[tuple[int, int, int], ...]
+    intensities: Mapping[str, Mapping[str, float]]
+    median_relative_size: float
+
+    def to_json(self) -> dict[str, Any]:
+        """nnU-Net's key names."""
+        return {
+            "foreground_intensity_properties_per_channel": {key: dict(value) for key, value in self.intensities.items()},
+            "median_relative_size_after_cropping": self.median_relative_size,
+            "shapes_after_crop": [list(shape) for shape in self.shapes_after_crop],
+            "spacings": [list(spacing) for spacing in self.spacings],
+        }
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> Fingerprint:
+        """Read what `to_json` or nnU-Net wrote."""
+        try:
+            return cls(
+                tuple((float(z), float(y), float(x)) for z, y, x in table["spacings"]),
+                tuple((int(z), int(y), int(x)) for z, y, x in table["shapes_after_crop"]),
+                {str(key): {name: float(one) for name, one in value.items()} for key, value in _sorted_channels(table)},
+                float(table["median_relative_size_after_cropping"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"not a dataset fingerprint: {error!r}; make one with `ichbench fingerprint`") from None
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """One case's share of the fingerprint; `foreground` (channels, voxels) are its values where a label is above 0."""
+
+    spacing_zyx_mm: tuple[float, float, float]
+    shape_after_crop: tuple[int, int, int]
+    relative_size: float
+    foreground: NDArray[np.float32]
+
+
+def case_facts(case: Case) -> CaseFacts:
+    """Measure one case (after the flags). All labels above 0 are foreground, an ignore label included, as in nnU-Net."""
+    if case.labels_zyx is None:
+        raise InputError(f"case {case.id} has no labels; a fingerprint is taken over labelled training cases")
+    box, _ = nonzero_box(case.image_czyx)
+    shape = (box[0][1] - box[0][0], box[1][1] - box[1][0], box[2][1] - box[2][0])
+    inside = slices(box)
+    values = case.image_czyx[(slice(None), *inside)][:, case.labels_zyx[inside] > 0]
+    return CaseFacts(case.grid.spacing_zyx_mm, shape, float(np.prod(shape)) / float(np.prod(case.grid.shape_zyx)), values)
+
+
+def fingerprint(cases: Iterable[Case], sampled: bool = False, n_samples: int = N_SAMPLES) -> Fingerprint:
+    """Fingerprint of training cases that the flags have already acted on (`pipeline.flagged_case`).
+
+    nnU-Net draws n_samples // n_cases foreground voxels with replacement from each case, so a case counts the same
+    whatever the size of its bleed. By default the law of that draw is evaluated exactly, from the counted values, each
+    case weighing the same: deterministic, fast, and what nnU-Net's numbers converge to. `sampled=True` repeats
+    nnU-Net's draw itself (0.4 GB a channel at its 1e8 samples).
+    """
+    return combine((case_facts(case) for case in cases), sampled, n_samples)
+
+
+def combine(facts: Iterable[CaseFacts], sampled: bool = False, n_samples: int = N_SAMPLES) -> Fingerprint:
+    """Fingerprint from what `case_facts` found, in the order of the cases (they may have been measured in parallel)."""
+    found = list(facts)
+    if not found:
+        raise InputError("there are no training cases to take a fingerprint of")
+    with_foreground = [one.foreground for one in found if one.foreground.shape[1] > 0]
+    if not with_foreground:
+        raise InputError(f"none of the {len(found)} training cases has a labelled voxel; training needs at least one")
+    if len({len(one) for one in with_foreground}) != 1:
+        raise InputError(f"the training cases have different numbers of channels: {sorted({len(one) for one in with_foreground})}")
+    if sampled:
+        columns = _nnunet_draw(with_foreground, n_samples // len(found))
+        intensities = {str(index): _sample_statistics(column) for index, column in enumerate(columns)}
+    else:
+        channels = range(len(with_foreground[0]))
+        intensities = {str(index): _law_statistics([one[index] for one in with_foreground]) for index in channels}
+    return Fingerprint(
+        tuple(one.spacing_zyx_mm for one in found),
+        tuple(one.shape_after_crop for one in found),
+        intensities,
+        float(np.median([one.relative_size for one in found])),
+    )
+
+
+def _law_statistics(cases: list[NDArray[np.float32]]) -> dict[str, float]:
+    """Statistics of "pick a case, then one of its foreground voxels"."""
+    counted = [np.unique(values, return_counts=True) for values in cases]
+    values = np.concatenate([value for value, _ in counted]).astype(np.float64)
+    weights = np.concatenate([count / (count.sum() * len(counted)) for _, count in counted])
+    order = np.argsort(values, kind="stable")
+    values, weights = values[order], weights[order]
+    mean = float(np.sum(weights * values))
+    reached = np.cumsum(weights)
+    return {
+        "max": float(values[-1]),
+        "mean": mean,
+        "median": _quantile(values, reached, 0.5),
+        "min": float(values[0]),
+        "percentile_00_5": _quantile(values, reached, 0.005),
+        "percentile_99_5": _quantile(values, reached, 0.995),
+        "std": float(np.sqrt(np.sum(weights * (values - mean) ** 2))),
+    }
+
+
+def _quantile(values: NDArray[np.float64], reached: NDArray[np.float64], share: float) -> float:
+    """Smallest value at which the cumulative weight reaches `share`; half way to the next where it is hit exactly."""
+    at = min(int(np.searchsorted(reached, share - 1e-12)), len(values) - 1)
+    if abs(reached[at] - share) <= 1e-12 and at + 1 < len(values):
+        return float((values[at] + values[at + 1]) / 2)
+    return float(values[at])
+
+
+def _nnunet_draw(cases: list[NDArray[np.float32]], n: int) -> list[NDArray[np.float32]]:
+    """Per channel, n values of each case with replacement; the generator starts anew for each case, not for each channel."""
+    drawn: list[list[NDArray[np.float32]]] = [[] for _ in range(len(cases[0]))]
+    for channels in cases:
+        # nnU-Net's numbers come from this legacy generator, so the same one is needed to repeat them
+        generator = np.random.RandomState(SEED)  # noqa: NPY002
+        for index, values in enumerate(channels):
+            drawn[index].append(generator.choice(values, n, replace=True))
+    return [np.concatenate(parts) for parts in drawn]
+
+
+def _sample_statistics(values: NDArray[np.float32]) -> dict[str, float]:
+    low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
+    return {
+        "max": float(values.max()),
+        "mean": float(values.mean()),
+        "median": float(median),
+        "min": float(values.min()),
+        "percentile_00_5": float(low),
+        "percentile_99_5": float(high),
+        "std": float(values.std()),
+    }
+
+
+def _sorted_channels(table: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return sorted(table["foreground_intensity_properties_per_channel"].items(), key=lambda item: int(item[0]))

@@ -1,0 +1,79 @@
+"""Resampling to the plan's spacing and back: nnU-Net's default rule (facts/nnunet-v2.md, section 4).
+
+Thick slices are resampled apart ("separate z"): splines in plane, nearest neighbour across slices. Axes here are the
+plan's working axes, coarsest first, called (z, y, x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ichbench.prepare.downsample import nearest_index, resize, resize_labels
+
+#: above this ratio of the coarsest to the finest spacing an axis is resampled apart, and planned as anisotropic
+ANISOTROPY = 3
+
+
+def resampled_shape(shape: Sequence[int], spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]) -> tuple[int, ...]:
+    """Voxels at the new spacing: round(old / new * n), halves to even, evaluated in this order; at least 1."""
+    return tuple(max(1, round(old / new * n)) for old, new, n in zip(spacing_mm, new_spacing_mm, shape, strict=True))
+
+
+def separate_axis(spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]) -> int | None:
+    """The axis to resample apart, or None: anisotropic (ratio > 3, strictly) before, or else after, with one coarsest axis."""
+    for spacing in (spacing_mm, new_spacing_mm):
+        if max(spacing) / min(spacing) > ANISOTROPY:
+            coarsest = [axis for axis, value in enumerate(spacing) if value == max(spacing)]
+            return coarsest[0] if len(coarsest) == 1 else None
+    return None
+
+
+def resample_image(
+    image_czyx: NDArray[np.floating],
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    new_spacing_mm: Sequence[float],
+    order: int = 3,
+) -> NDArray[np.floating]:
+    """Image or logits (c, z, y, x) on another shape, spline `order` (3 images, 1 logits), order 0 across thick slices.
+
+    Computed in float64, returned in the input's dtype, clipped to the input's range. The same shape returns the input.
+    """
+    if tuple(shape) == image_czyx.shape[1:]:
+        return image_czyx
+    axis = separate_axis(spacing_mm, new_spacing_mm)
+    out = np.empty((len(image_czyx), *shape), dtype=image_czyx.dtype)
+    for index, channel in enumerate(image_czyx):
+        if axis is None:
+            out[index] = resize(channel, shape, order)
+        else:
+            out[index] = _slice_by_slice(channel, shape, axis, order)
+    return out
+
+
+def resample_labels(
+    labels_zyx: NDArray[np.integer], shape: Sequence[int], spacing_mm: Sequence[float], new_spacing_mm: Sequence[float]
+) -> NDArray[np.integer]:
+    """Labels on another shape: the largest linear indicator (see `resize_labels`); nearest slice across thick slices."""
+    if tuple(shape) == labels_zyx.shape:
+        return labels_zyx
+    axis = separate_axis(spacing_mm, new_spacing_mm)
+    if axis is None:
+        return resize_labels(labels_zyx, shape)
+    stack = np.moveaxis(labels_zyx, axis, 0)
+    in_plane = tuple(n for other, n in enumerate(shape) if other != axis)
+    index = nearest_index(len(stack), shape[axis])
+    resized = np.stack([resize_labels(stack[one], in_plane) for one in np.unique(index)])
+    return np.moveaxis(resized[np.searchsorted(np.unique(index), index)], 0, axis)
+
+
+def _slice_by_slice(channel_zyx: NDArray[np.floating], shape: Sequence[int], axis: int, order: int) -> NDArray[np.float64]:
+    stack = np.moveaxis(channel_zyx, axis, 0)
+    in_plane = tuple(n for other, n in enumerate(shape) if other != axis)
+    index = nearest_index(len(stack), shape[axis])
+    used = np.unique(index)  # slices that nobody will look at are not resized
+    resized = np.stack([resize(stack[one], in_plane, order) for one in used])
+    return np.moveaxis(resized[np.searchsorted(used, index)], 0, axis)

@@ -1,0 +1,126 @@
+"""Which patch a training sample is cut from: drawn from (seed, stream, step, sample) alone, then cut.
+
+The rule is nnU-Net's (facts section 5): cases with replacement; the last round(share) of a batch are centred on a voxel
+of a random class that the case has, the others lie anywhere. One thing differs: a patch centred near the far border is
+moved back inside, where nnU-Net lets it hang out by up to half its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ichbench.errors import InputError
+
+#: streams of random numbers; a batch for validation never repeats one for training
+TRAIN_STREAM, VALIDATION_STREAM, CHOICE_STREAM = 0, 1, 2
+
+OUTSIDE_IMAGE, OUTSIDE_LABEL = 0.0, -1
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingCase:
+    """A prepared case: normalised `image_czyx` float32, `labels_zyx` int16 (-1 lies outside the head's box) and
+    `foreground`, voxel coordinates (n, 3) in (z, y, x) for every class above 0. Arrays may be memory maps.
+    """
+
+    id: str
+    image_czyx: NDArray[np.float32]
+    labels_zyx: NDArray[np.int16]
+    foreground: Mapping[int, NDArray[np.integer]]
+
+
+@dataclass(frozen=True)
+class PatchDraw:
+    """One patch: the case by its place in the sequence, the corner and size along (z, y, x); `label` is the class it
+    was centred on, or None for a patch that may lie anywhere. The corner may be negative.
+    """
+
+    case: int
+    lower_zyx: tuple[int, int, int]
+    size_zyx: tuple[int, int, int]
+    label: int | None
+
+
+def sample_generator(seed: int, stream: int, step: int, sample: int) -> np.random.Generator:
+    """A counter-based generator (Philox): any sample of any batch can be drawn again alone, in any order."""
+    return np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, stream, sample]))
+
+
+def is_forced(sample: int, batch_size: int, foreground_share: float) -> bool:
+    """Must sample `sample` of a batch show foreground? nnU-Net's rule: from place round(batch (1 - share)) on."""
+    return sample >= round(batch_size * (1 - foreground_share))
+
+
+def patch_zyx(patch_size: Sequence[int]) -> tuple[int, int, int]:
+    """A plan's patch as (z, y, x): a 2D patch is one slice thick."""
+    z, y, x = (1, *patch_size) if len(patch_size) == 2 else patch_size
+    return z, y, x
+
+
+def draw_patch(rng: np.random.Generator, cases: Sequence[TrainingCase], patch_size: Sequence[int], forced: bool) -> PatchDraw:
+    """Draw case and corner for one sample. A case without foreground gives a patch anywhere, also when `forced`."""
+    if not cases:
+        raise InputError("there is no case to draw patches from; give at least one training case")
+    index = int(rng.integers(len(cases)))
+    case, size = cases[index], patch_zyx(patch_size)
+    present = sorted(label for label, voxels in case.foreground.items() if label > 0 and len(voxels)) if forced else []
+    label = present[int(rng.integers(len(present)))] if present else None
+    voxel = None if label is None else case.foreground[label][int(rng.integers(len(case.foreground[label])))]
+    lower = []
+    for axis in range(3):
+        low, high = corner_range(case.labels_zyx.shape[axis], size[axis])
+        if voxel is None:
+            lower.append(int(rng.integers(low, high + 1)))
+        else:
+            lower.append(min(max(low, int(voxel[axis]) - size[axis] // 2), high))
+    return PatchDraw(index, (lower[0], lower[1], lower[2]), size, label)
+
+
+def corner_range(length: int, patch: int) -> tuple[int, int]:
+    """Lowest and highest corner along one axis, both allowed: inside the image, or the image centred in the patch."""
+    missing = max(0, patch - length)
+    return -((missing + 1) // 2), max(0, length - patch) - missing // 2
+
+
+def enlarged(draw: PatchDraw, size_zyx: Sequence[int]) -> PatchDraw:
+    """The same patch with room around it; each axis may only grow by an even number of voxels, so the centre stays."""
+    grown = [(big - small) for big, small in zip(size_zyx, draw.size_zyx, strict=True)]
+    if any(g % 2 or g < 0 for g in grown):
+        raise ValueError(f"cannot enlarge a patch of {draw.size_zyx} to {tuple(size_zyx)} about its centre")
+    z, y, x = (low - g // 2 for low, g in zip(draw.lower_zyx, grown, strict=True))
+    return PatchDraw(draw.case, (z, y, x), (int(size_zyx[0]), int(size_zyx[1]), int(size_zyx[2])), draw.label)
+
+
+def cut_patch(case: TrainingCase, draw: PatchDraw) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
+    """(image (c, z, y, x), labels (z, y, x)) of a draw, as copies; outside the image 0 and -1."""
+    shape = case.labels_zyx.shape
+    source, target = [], []
+    for low, size, length in zip(draw.lower_zyx, draw.size_zyx, shape, strict=True):
+        start, stop = min(max(low, 0), length), min(max(low + size, 0), length)
+        source.append(slice(start, stop))
+        target.append(slice(start - low, stop - low))
+    box = tuple(source)
+    if all(s.stop - s.start == size for s, size in zip(source, draw.size_zyx, strict=True)):
+        return np.array(case.image_czyx[(slice(None), *box)]), np.array(case.labels_zyx[box])
+    image = np.full((case.image_czyx.shape[0], *draw.size_zyx), OUTSIDE_IMAGE, dtype=np.float32)
+    labels = np.full(draw.size_zyx, OUTSIDE_LABEL, dtype=np.int16)
+    image[(slice(None), *target)] = case.image_czyx[(slice(None), *box)]
+    labels[tuple(target)] = case.labels_zyx[box]
+    return image, labels
+
+
+def choose_cases(cases: Sequence[TrainingCase], number: int | str, seed: int) -> list[TrainingCase]:
+    """All cases, or the first `number` of a shuffle by `seed`: a larger number keeps those of a smaller one.
+
+    Raises InputError when there are fewer.
+    """
+    if isinstance(number, str):
+        return list(cases)
+    if number > len(cases):
+        raise InputError(f"training.cases = {number}, but the split has {len(cases)} training cases; use at most {len(cases)} or 'all'")
+    order = sample_generator(seed, CHOICE_STREAM, 0, 0).permutation(len(cases))
+    return [cases[i] for i in sorted(order[:number])]
