@@ -102,6 +102,9 @@ def test_text_names_the_first_line_that_differs() -> None:
     (found,) = compare_text("board.csv", "a\nb\nc\n", "a\nX\nc\n")
     assert (found.where, found.committed, found.fresh) == ("board.csv:2", "b\n", "X\n")
     assert "1 of 3 lines" in found.text
+    (several,) = compare_text("board.csv", "a\nb\nc\n", "a\nX\nY\n")
+    assert (several.where, several.fresh) == ("board.csv:2", "X\n")
+    assert "2 of 3 lines" in several.text
     (longer,) = compare_text("board.csv", "a\n", "a\nb\n")
     assert (longer.where, longer.committed, longer.fresh) == ("board.csv:2", None, "b\n")
     assert len(compare_text("board.csv", "a\n", "a\r\n")) == 1

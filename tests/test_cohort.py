@@ -95,6 +95,15 @@ def test_several_channels_labels_an_ignore_label_and_a_label_map(nnunet: Path) -
     assert np.array_equal(case.labels_zyx, expected)
 
 
+def test_a_label_map_may_swap_labels(nnunet: Path) -> None:
+    labels = labels_of(3, 2)
+    write_labels(nnunet / "labelsTr/a.nii.gz", labels, grid())
+    declare(nnunet, labels={"background": 0, "ich": 1, "edema": 2}, label_map={"1": 2, "2": 1})
+    mapped = read_cohort(nnunet).load("a").labels_zyx
+    assert mapped is not None
+    assert np.array_equal(mapped, np.array([0, 2, 1])[labels])
+
+
 def test_a_case_table_adds_patient_site_and_subtype(nnunet: Path) -> None:
     rows = "a,p1,Beijing,IPH,1\nb,p1,,SDH,2\nunknown,,,,\n"
     (nnunet / "cases.csv").write_text(f"\ufeffcase,patient,site,subtype,other\n{rows}", encoding="utf-8")

@@ -146,6 +146,18 @@ def test_an_unusable_sform_is_said_and_the_coarsest_axis_taken(tmp_path: Path, s
     assert grid.spacing_zyx_mm == (5.0, 0.5, 0.5)
 
 
+def test_sform_wins_over_qform_and_an_unusable_one_yields(tmp_path: Path) -> None:
+    path, other = save(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16)), np.diag([0.5, 0.5, -5.0, 1.0])
+    header = nibabel.load(path).header
+    header.set_qform(other, 2)
+    fields = {name: header[name] for name in nifti.GEOMETRY_FIELDS if not name.startswith(("s", "pix"))}
+    patch(path, **fields, pixdim=header["pixdim"])
+    assert np.array_equal(read_grid(path).affine_4x4, np.diag([-0.5, -0.5, 5.0, 1.0])[:, [2, 1, 0, 3]])
+    patch(path, srow_x=[0, 0, 0, 0])
+    with pytest.warns(UserWarning, match="sform is unusable"):
+        assert np.array_equal(read_grid(path).affine_4x4, other[:, [2, 1, 0, 3]])
+
+
 def test_a_tie_between_axes_goes_to_the_coarser(tmp_path: Path) -> None:
     half = np.sqrt(0.5)
     columns = np.array([[1.0, 0.0, 0.0], [0.0, half, -half], [0.0, half, half]]) @ np.diag([0.5, 5.0, 0.5])
@@ -176,7 +188,7 @@ def test_pixdim_that_disagrees_with_the_affine_is_said_and_kept(tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u4", "f4", "f8"])
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("scale", [None, (2.0, -1024.0), (0.25, 3.0)])
+@pytest.mark.parametrize("scale", [None, (2.0, -1024.0), (0.25, 3.0), (0.0, 5.0), (np.nan, 5.0), (1.0, 0.0)])
 def test_voxel_types_byte_orders_and_scales_agree_with_nibabel(
     tmp_path: Path, dtype: str, order: str, scale: tuple[float, float] | None
 ) -> None:

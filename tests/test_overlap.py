@@ -126,7 +126,10 @@ def test_spacing() -> None:
     assert overlap.as_spacing([np.float32(0.42)] * 3)[0] == 0.41999998688697815
 
 
-@pytest.mark.parametrize("spacing", [(1, 1), (1, 1, 1, 1), (0, 1, 1), (-1, 1, 1), (math.nan, 1, 1), (math.inf, 1, 1), (1e-9, 1, 1), 1.0, None, "abc"])
+WRONG_SPACINGS = [(1, 1), (1, 1, 1, 1), (0, 1, 1), (-1, 1, 1), (math.nan, 1, 1), (math.inf, 1, 1), (1e-9, 1, 1), 1.0, None, "abc"]
+
+
+@pytest.mark.parametrize("spacing", WRONG_SPACINGS)
 def test_wrong_spacing_is_refused(spacing: Any) -> None:
     with pytest.raises(InputError, match="the spacing is"):
         overlap.as_spacing(spacing)

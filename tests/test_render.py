@@ -106,6 +106,12 @@ def test_markdown_has_one_row_per_arm_and_no_mean_without_interval_and_n() -> No
     assert re.fullmatch(r"inf \(1\) \[\d+\.\d, inf\] median \d+\.\d", floor[6].strip())
 
 
+def test_a_difference_that_rounds_to_nothing_has_no_sign() -> None:
+    rows = [Score(arm, "-", "-", f"c{i}", "dice", 0.5 - shift) for arm, shift in (("base", 0.0), ("arm", 1e-5)) for i in range(8)]
+    assert "| 0.000 [0.000, 0.000] | worse |" in board_markdown(build_board(rows))
+    assert " 0.000 [0.000, 0.000]" in board_text(build_board(rows))
+
+
 def test_names_cannot_break_the_markdown_table() -> None:
     table = board_markdown(build_board(study(arms=("base", "a|b_*[x]")))).splitlines()
     assert table[3].startswith(r"| a\|b\_\*\[x\] | 13 |")
@@ -144,6 +150,9 @@ def test_footnotes_say_what_a_reader_must_know() -> None:
     assert "not adjusted for several arms" in few
     assert "fewer than 6 pairs" in board_text(build_board(study(5)))
     assert "fewer than 6 pairs" not in few
+    # 13 cases, but HD is infinite in all of them for both arms, so there is not one pair
+    endless = [row._replace(value=INF) if row.metric == "hd" else row for row in study(13, arms=("base", "other"))]
+    assert "fewer than 6 pairs" in board_text(build_board(endless))
 
 
 def test_an_undefined_metric_shows_its_own_n() -> None:

@@ -142,7 +142,8 @@ def test_slabs_of_50_and_51() -> None:
     record = surface_record(first, second, (2.0, 1.0, 1.0))
     assert surface.hausdorff(record, 100) == surface.hausdorff(record, 95) == 2.0
     assert surface.nsd(record, 1.0) == pytest.approx(0.836, abs=5e-4)
-    means = [np.average(d, weights=a) for d, a in ((record.reference_mm, record.reference_mm2), (record.predicted_mm, record.predicted_mm2))]
+    sides = ((record.reference_mm, record.reference_mm2), (record.predicted_mm, record.predicted_mm2))
+    means = [np.average(distances, weights=areas) for distances, areas in sides]
     assert means == pytest.approx([0.322, 0.339], abs=5e-4)
     assert means[0] < surface.assd(record) < means[1]
 
@@ -242,7 +243,11 @@ def summary(record: SurfaceDistances) -> list[float]:
 @settings(max_examples=60, deadline=None)
 @given(pairs(), EDGES_MM, st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.integers(0, 2)] * 6))
 def test_turning_mirroring_padding_and_swapping_change_nothing(
-    masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float], order: list[int], flips: tuple[bool, ...], pad: tuple[int, ...]
+    masks: tuple[np.ndarray, np.ndarray],
+    spacing: tuple[float, float, float],
+    order: list[int],
+    flips: tuple[bool, ...],
+    pad: tuple[int, ...],
 ) -> None:
     before = summary(surface_record(masks[0], masks[1], spacing))
     flipped = tuple(slice(None, None, -1) if flip else slice(None) for flip in flips)
@@ -273,7 +278,7 @@ def test_order_of_the_metrics(masks: tuple[np.ndarray, np.ndarray], spacing: tup
     percentiles = [surface.hausdorff(record, percent) for percent in (0, 10, 50, 95, 100)]
     assert percentiles == sorted(percentiles)
     assert surface.assd(record) <= percentiles[-1] + 1e-12
-    assert (surface.nsd(record, percentiles[-1]) == 1.0) is True
+    assert surface.nsd(record, percentiles[-1]) == 1.0
     same = surface_record(masks[0], masks[0].copy(), spacing)
     assert [surface.nsd(same, 0.0), surface.hausdorff(same, 100), surface.assd(same)] == [1.0, 0.0, 0.0]
 

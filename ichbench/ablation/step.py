@@ -146,8 +146,10 @@ def _prepare(task: Task) -> dict[str, Any]:
     cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
     ids = list(task.spec["cases"])
     keep = prepare.compatibility == "nnunet"
-    found = fingerprint((flagged_case(cohort.load(name, keep), prepare)[0] for name in ids), prepare, cohort.channel_names)
-    plan = make_plan(found, plan_recipe, cohort.channel_names, cohort.labels, prepare)
+    found = fingerprint(flagged_case(cohort.load(name, keep), prepare, cohort.channel_names)[0] for name in ids)
+    n_labels = len(cohort.labels)
+    neighbours = 0 if prepare.neighbour_slices == "off" else prepare.neighbour_slices
+    plan = make_plan(found, plan_recipe, cohort.channel_names, n_labels, len(ids), neighbours)
     write_atomically(task.out / "fingerprint.json", json.dumps(found.to_json(), indent=1).encode())
     write_atomically(task.out / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
     print("\n".join(plan.explain()), flush=True)  # noqa: T201
@@ -160,13 +162,19 @@ def _train(task: Task) -> dict[str, Any]:
     from ichbench.prepare.plan import Plan
     from ichbench.prepare.store import read_prepared
     from ichbench.recipe import NetworkRecipe, TrainingRecipe
+    from ichbench.training.patches import TrainingCase
     from ichbench.training.trainer import train
 
     _set_threads(task.threads)
     plan = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
     store = task.inputs["prepare"] / "cases"
     names = list(dict.fromkeys([*task.spec["train"], *task.spec["validate"]]))
-    cases = {name: read_prepared(store, name) for name in names}
+    cases = {}
+    for name in names:
+        prepared = read_prepared(store, name)
+        if prepared.labels_zyx is None:
+            raise InputError(f"prepared case {name} has no labels; training needs them")
+        cases[name] = TrainingCase(name, prepared.image_czyx, prepared.labels_zyx, prepared.foreground)
     result = train(
         [cases[name] for name in task.spec["train"]],
         [cases[name] for name in task.spec["validate"]],
@@ -178,7 +186,8 @@ def _train(task: Task) -> dict[str, Any]:
         task.device,
         task.threads,
     )
-    return {"training": result}
+    about = {name: getattr(result, name) for name in ("epochs", "best_epoch", "moving_average", "pseudo_dice", "stopped_early")}
+    return {"training": about | {"final_sha256": result.final_sha256, "best_sha256": result.best_sha256}}
 
 
 def _predict(task: Task) -> dict[str, Any]:

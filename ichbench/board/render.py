@@ -191,7 +191,8 @@ def _footnotes(board: Board) -> list[str]:
     if any(_mark(summary) for summary in board.summaries):
         notes.append("*: one training seed only; another seed may move the score by more than the interval shows.")
     if board.effects:
-        few = f" With fewer than {FEWEST_PAIRS} pairs every verdict is 'not separable'." if fewest < FEWEST_PAIRS else ""
+        pairs = min(effect.n_pairs for effect in board.effects)
+        few = f" With fewer than {FEWEST_PAIRS} pairs every verdict is 'not separable'." if pairs < FEWEST_PAIRS else ""
         notes.append("verdict: better or worse if the interval of the paired difference leaves out 0; not adjusted for several arms." + few)
     return notes
 

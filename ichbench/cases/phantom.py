@@ -1,7 +1,7 @@
 """The embedded default cohort: analytic head CT with bleeds of known volume, the same bytes on every machine.
 
 `make_case` makes one case, `phantom_cases` a cohort in memory, `write_phantom` an nnU-Net raw folder with a sidecar.
-What is drawn: `phantom_draw`; how it becomes voxels: `phantom_render`; the shapes and their volumes: `phantom_shapes`.
+What is drawn: `phantom_draw` and `phantom_bleeds`; how it becomes voxels: `phantom_render`; the shapes and their volumes: `phantom_shapes`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import numpy as np
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.images import write_image, write_labels
-from ichbench.cases.phantom_draw import PHANTOM_SIZES, HeadParameters, PhantomSize, draw_head, phantom_size
+from ichbench.cases.phantom_bleeds import PHANTOM_SIZES, PhantomSize, phantom_size
+from ichbench.cases.phantom_draw import HeadParameters, draw_head
 from ichbench.cases.phantom_render import render_head
 from ichbench.errors import InputError
 
-__all__ = ["GENERATOR", "PHANTOM_SIZES", "Bleed", "HeadParameters", "PhantomCase", "PhantomSize", "draw_case", "make_case", "phantom_cases", "write_phantom"]
+__all__ = ["GENERATOR", "PHANTOM_SIZES", "Bleed", "HeadParameters", "PhantomCase", "PhantomSize"]
+__all__ += ["draw_case", "make_case", "phantom_cases", "write_phantom"]
 
 #: Rises whenever a voxel of any case changes.
 GENERATOR = 1
@@ -93,10 +95,10 @@ def phantom_cases(n_cases: int, size: str = "small", seed: int = 0, n_test: int 
     """The cohort, one case at a time: the last `n_test` of `n_cases` (a third unless given) are test cases."""
     test = round(n_cases / 3) if n_test is None else n_test
     if n_cases < 1 or not 0 <= test <= n_cases:
-        raise InputError(f"a phantom cohort of {n_cases} cases with {test} for testing was asked for; give 1 or more cases and 0 to all of them for testing")
+        asked = f"a phantom cohort of {n_cases} cases, {test} of them for testing, was asked for"
+        raise InputError(f"{asked}; give 1 or more cases and 0 to all of them for testing")
     phantom_size(size)
-    for index in range(n_cases):
-        yield make_case(index, size, seed, "train" if index < n_cases - test else "test")
+    return (make_case(index, size, seed, "train" if index < n_cases - test else "test") for index in range(n_cases))
 
 
 def write_phantom(out: Path, n_cases: int, size: str = "small", seed: int = 0, n_test: int | None = None) -> None:
@@ -109,11 +111,10 @@ def write_phantom(out: Path, n_cases: int, size: str = "small", seed: int = 0, n
         raise InputError(f"{out}: already exists and is not an empty folder; give a new folder for the phantom or empty this one first")
     cases = phantom_cases(n_cases, size, seed, n_test)
     facts, rows = [], []
+    for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        (out / folder).mkdir(parents=True)
     for made in cases:
-        part = "Tr" if made.split == "train" else "Ts"
-        for folder in ("images", "labels"):
-            (out / f"{folder}{part}").mkdir(parents=True, exist_ok=True)
-        case = made.case
+        part, case = "Tr" if made.split == "train" else "Ts", made.case
         write_image(out / f"images{part}" / f"{case.id}_0000.nii.gz", case.image_czyx[0], case.grid)
         write_labels(out / f"labels{part}" / f"{case.id}.nii.gz", np.asarray(case.labels_zyx), case.grid)
         z, y, x = case.grid.spacing_zyx_mm

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.cases.phantom_draw import PHANTOM_SIZES, Blob, HeadParameters, blood_fraction, sub_centres
+from ichbench.cases.phantom_bleeds import PHANTOM_SIZES, blood_fraction, sub_centres
+from ichbench.cases.phantom_draw import Blob, HeadParameters
 from ichbench.cases.phantom_shapes import MM_PER_RHO, UNDER_DURA, Array, HeadFrame, ramp, wave
 
 #: [1 4 6 4 1] / 16, a Gaussian with a standard deviation of one pixel in plane: the grain of a soft reconstruction kernel.
@@ -156,7 +157,8 @@ def _paint_outside(head: HeadParameters, points: tuple[Array, Array, Array], uvw
     nx, ny, nz = (part.ravel()[near] / r for part in uvw)
     depth = (r - 1.0) * MM_PER_RHO
     bumps = wave(0.9 * nx + 0.6 * ny + 0.7 * nz + 0.2) + wave(0.8 * ny - 1.3 * nz + 0.4)
-    skull = head.skull_mm * (1.0 + 0.10 * bumps + 0.28 * np.maximum(np.abs(ny) - 0.75, 0.0) * 4.0 - 0.30 * ramp((np.abs(nx) - 0.85) * 6.0) - 0.40 * ramp((-0.6 - nz) * 4.0))
+    thin = 0.30 * ramp((np.abs(nx) - 0.85) * 6.0) + 0.40 * ramp((-0.6 - nz) * 4.0)  # at the temples and below
+    skull = head.skull_mm * (1.0 + 0.10 * bumps + 1.12 * np.maximum(np.abs(ny) - 0.75, 0.0) - thin)
     temporal = 7.0 * ramp((0.45 - np.abs(ny + 0.25)) * 4.0) * ramp((0.35 - nz) * 3.0) * ramp((np.abs(nx) - 0.6) * 4.0)
     scalp = head.scalp_mm + temporal * ramp((0.30 - nz) * 3.0)
     below_skin = skull + scalp - (c - 1.0) * MM_PER_RHO
@@ -217,7 +219,9 @@ def bleed_points(head: HeadParameters, index: int) -> tuple[int, int, int]:
     """Points per voxel (z, y, x) for one bleed: more for small, thin and flat-topped ones, whose few points would miss the 1 %."""
     z, y, x = PHANTOM_SIZES[head.size].bleed_sub_zyx
     bleed = head.bleeds[index]
-    hard = bleed.kind in ("intraventricular", "subarachnoid") or bleed.scaled_ml * head.frame.scale**3 < 3.0
+    if bleed.kind == "subarachnoid":
+        return z, y + 1, x + 1
+    hard = bleed.kind == "intraventricular" or bleed.scaled_ml * head.frame.scale**3 < 3.0
     return (z + 1, 2 * y + 1, 2 * x + 1) if hard else (z, y, x)
 
 
@@ -239,7 +243,7 @@ def _artefacts(head: HeadParameters, rng: np.random.Generator) -> Array:
 
 
 def _grain(rng: np.random.Generator, shape_zyx: tuple[int, int, int]) -> Array:
-    """Noise of standard deviation 1, independent between slices, correlated over a pixel in plane; nearly normal (25 even draws a voxel)."""
+    """Noise of standard deviation 1, correlated over a pixel in plane only; nearly normal, for each voxel mixes 25 even draws."""
     nz, ny, nx = shape_zyx
     white = rng.random((nz, ny + 4, nx + 4)) - 0.5
     white *= np.sqrt(12.0)

@@ -144,9 +144,9 @@ class Sulci:
 
     def depths(self, nx: Array, ny: Array, nz: Array) -> tuple[Array, Array]:
         """Depth of the CSF and of the inner border of the cortex below the direction, both in rho."""
-        line = 0.0
+        line = np.zeros_like(nx)
         for mx, my, mz, frequency, phase in self.waves:
-            line = line + wave(frequency * (mx * nx + my * ny + mz * nz) + phase)
+            line += wave(frequency * (mx * nx + my * ny + mz * nz) + phase)
         squared = line * line
         narrow, broad = 1.0 / (1.0 + squared / self.width**2), 1.0 / (1.0 + squared / (2.6 * self.width) ** 2)
         side = np.abs(nx)
@@ -277,7 +277,11 @@ class Shell:
         u, v, w = self.frame.skull(x_mm, y_mm, z_mm)
         rho2 = u * u + v * v + w * w
         inside = np.zeros(rho2.shape, dtype=bool)
-        near = np.flatnonzero((rho2 < UNDER_DURA * UNDER_DURA) & (rho2 > 0.2))
+        furthest2 = max(self.reach) ** 2 / float(np.prod(1.0 - self.waves[:, 5]))  # tan^2 of half the widest angle
+        out = self.axes_3x3[2]
+        ahead = out[0] * u + out[1] * v + out[2] * w
+        cone = (1.0 - furthest2) / (1.0 + furthest2)
+        near = np.flatnonzero((rho2 < UNDER_DURA * UNDER_DURA) & (rho2 > 0.2) & (ahead > cone * np.sqrt(rho2)))
         rho = np.sqrt(rho2.ravel()[near])
         t = self.depth(u.ravel()[near] / rho, v.ravel()[near] / rho, w.ravel()[near] / rho)
         inside.ravel()[near] = rho > UNDER_DURA - t
@@ -300,7 +304,7 @@ class Shell:
 
         The default is good to 1e-5; sulci are narrow and need more nodes than smooth outlines.
         """
-        nodes = nodes or (900 if self.kind == "subarachnoid" else 300)
+        nodes = nodes or (700 if self.kind == "subarachnoid" else 300)
         n, solid_angle = self._nodes(nodes, nodes)
         below = UNDER_DURA - self.depth(n[:, 0], n[:, 1], n[:, 2])
         radial = (UNDER_DURA**3 - below**3) / 3.0 + self.frame.egg * n[:, 1] * (UNDER_DURA**4 - below**4) / 4.0

@@ -91,7 +91,8 @@ def _tiled(network: Callable[[Tensor], Tensor], images: Tensor, patch_size: Sequ
     if len(tiles) == 1:
         logits = _forward(network, images, recipe.mirror)
     else:
-        weight = torch.from_numpy(gaussian_weights(patch_size) if recipe.gaussian else np.ones(tuple(patch_size), np.float32)).to(images.device)
+        window = gaussian_weights(patch_size) if recipe.gaussian else np.ones(tuple(patch_size), dtype=np.float32)
+        weight = torch.from_numpy(window).to(images.device)
         total = torch.zeros(())
         weights = torch.zeros(images.shape[2:], device=images.device)
         for tile in tiles:
@@ -101,8 +102,8 @@ def _tiled(network: Callable[[Tensor], Tensor], images: Tensor, patch_size: Sequ
             total[tile] += answer * weight
             weights[tile[1:]] += weight
         logits = total / weights
-    inner = [slice(b, b + length) for b, length in zip(before, shape, strict=True)]
-    return logits[(Ellipsis, *inner)]
+    inner: tuple[Any, ...] = (..., *(slice(b, b + length) for b, length in zip(before, shape, strict=True)))
+    return logits[inner]
 
 
 def _tiles(shape: Sequence[int], patch_size: Sequence[int], tile_step: float) -> Iterator[tuple[Any, ...]]:

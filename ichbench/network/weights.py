@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor, nn
 
+from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
 
 
@@ -31,7 +30,6 @@ def save_weights(network: nn.Module, path: Path, about: dict[str, Any] | None = 
     data = format_safetensors(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     manifest = {"sha256": sha256, "tensors": {name: list(value.shape) for name, value in tensors.items()}, "about": about or {}}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
     write_atomically(manifest_path(path), (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     return sha256
@@ -65,7 +63,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     expected = manifest.get("sha256") if isinstance(manifest, dict) else None
     found = hashlib.sha256(data).hexdigest()
     if found != expected:
-        raise InputError(f"{path}: sha256 is {found}, but the manifest says {expected}; the file was damaged or replaced, train or copy it again")
+        raise InputError(f"{path}: sha256 is {found}, but its manifest says {expected}; it was damaged or replaced: train again")
     try:
         tensors = parse_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -76,19 +74,3 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def manifest_path(path: Path) -> Path:
     """final.safetensors -> final.json"""
     return path.with_suffix(".json")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary file in the same folder, flush it to the disk, then rename it over `path`."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -148,7 +148,7 @@ def _nnunet_draw(cases: list[NDArray[np.float32]], n: int) -> list[NDArray[np.fl
     drawn: list[list[NDArray[np.float32]]] = [[] for _ in range(len(cases[0]))]
     for channels in cases:
         # nnU-Net's numbers come from this legacy generator, so the same one is needed to repeat them
-        generator = np.random.RandomState(SEED)  # noqa: NPY002
+        generator = np.random.RandomState(SEED)
         for index, values in enumerate(channels):
             drawn[index].append(generator.choice(values, n, replace=True))
     return [np.concatenate(parts) for parts in drawn]

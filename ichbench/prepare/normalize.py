@@ -15,7 +15,7 @@ SMALLEST = 1e-8
 
 
 def _ct(channel: Channel, properties: Mapping[str, float], _: Mask | None) -> Channel:
-    out = np.clip(channel, np.float32(properties["percentile_00_5"]), np.float32(properties["percentile_99_5"]))
+    out: Channel = np.clip(channel, np.float32(properties["percentile_00_5"]), np.float32(properties["percentile_99_5"]))
     out -= np.float32(properties["mean"])
     out /= np.float32(max(properties["std"], SMALLEST))
     return out
@@ -23,7 +23,8 @@ def _ct(channel: Channel, properties: Mapping[str, float], _: Mask | None) -> Ch
 
 def _z_score(channel: Channel, _: Mapping[str, float], inside: Mask | None) -> Channel:
     if inside is None:
-        return (channel - channel.mean()) / np.float32(max(float(channel.std()), SMALLEST))
+        scored: Channel = (channel - channel.mean()) / np.float32(max(float(channel.std()), SMALLEST))
+        return scored
     out = channel.copy()
     values = channel[inside]
     if values.size:
@@ -36,14 +37,15 @@ def _none(channel: Channel, _: Mapping[str, float], __: Mask | None) -> Channel:
 
 
 def _rescale_to_01(channel: Channel, _: Mapping[str, float], __: Mask | None) -> Channel:
-    out = channel - channel.min()
+    out: Channel = channel - channel.min()
     out /= np.float32(max(float(out.max()), SMALLEST))
     return out
 
 
 def _rgb_to_01(channel: Channel, _: Mapping[str, float], __: Mask | None) -> Channel:
     if channel.min() < 0 or channel.max() > 255:
-        raise InputError(f"an RGB channel must lie within 0..255, but spans [{channel.min():g}, {channel.max():g}]; name it 'zscore' instead")
+        span = f"[{channel.min():g}, {channel.max():g}]"
+        raise InputError(f"an RGB channel must lie within 0..255, but spans {span}; name it 'zscore' instead")
     return channel / np.float32(255.0)
 
 

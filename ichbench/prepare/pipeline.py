@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.cases.case import Case, Grid
+from ichbench.cases.case import Case
 from ichbench.errors import InputError
 from ichbench.prepare.crop import crop_to_nonzero
-from ichbench.prepare.downsample import downsample_case, in_plane_ratio, interpolate_axis, respace_slices
+from ichbench.prepare.downsample import downsample_case, in_plane_ratio, respace_slices
 from ichbench.prepare.normalize import normalize
 from ichbench.prepare.plan import Plan
 from ichbench.prepare.resample import resample_image, resample_labels, resampled_shape
-from ichbench.prepare.slices import cover, head_range, neighbours, reference_range, take_slices
+from ichbench.prepare.resize import interpolate_axis
+from ichbench.prepare.slices import cover, head_range, neighbours, oriented, permuted, reference_range, take_slices
 from ichbench.prepare.window import apply_grey_levels, flagged_channel_names, is_ct, warn_constant
 from ichbench.recipe import PrepareRecipe
 
@@ -114,7 +115,7 @@ def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]
         raise InputError(f"case {case.id} has {len(case.image_czyx)} channels, but the cohort declares {list(channel_names)}")
     if not np.isfinite(case.image_czyx).all():
         raise InputError(f"case {case.id}: the image holds NaN or infinite values; repair the file before preparing it")
-    working, axes, flips = _oriented(case) if recipe.reorient else (case, (0, 1, 2), (False, False, False))
+    working, axes, flips = oriented(case) if recipe.reorient else (case, (0, 1, 2), (False, False, False))
     n = working.grid.shape_zyx[0]
     kept = _crop_range(working, recipe, channel_names)
     image, notes = apply_grey_levels(working.image_czyx, recipe, channel_names, case.id)
@@ -132,7 +133,7 @@ def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]
     file_order = (0, 1, 2)
     if recipe.compatibility == "nnunet":
         file_order = _as_shape([flagged.grid.file_axes.index(axis) for axis in (2, 1, 0)])
-        flagged = _permuted(flagged, file_order)
+        flagged = permuted(flagged, file_order)
     slice_back = tuple(float(value) for value in back - first + extension)
     return flagged, FlagGeometry(case.grid.shape_zyx, axes, flips, slice_back, kept, ratio, file_order), notes
 
@@ -154,7 +155,8 @@ def prepare_case(case: Case, recipe: PrepareRecipe, plan: Plan) -> Prepared:
     shape = _as_shape(resampled_shape(normal.shape[1:], spacing, new_spacing))
     resampled = resample_image(normal, shape, spacing, new_spacing, order=3)
     geometry = Geometry(flags, forward, _as_shape(image.shape[1:]), box, spacing, shape, new_spacing)
-    prepared = Prepared(case.id, np.ascontiguousarray(neighbours(resampled.astype(np.float32, copy=False), plan.neighbour_slices)), None, geometry, notes)
+    channels = np.ascontiguousarray(neighbours(resampled.astype(np.float32, copy=False), plan.neighbour_slices))
+    prepared = Prepared(case.id, channels, None, geometry, notes)
     if labels is None:
         return prepared
     new_labels = np.ascontiguousarray(resample_labels(segmentation, shape, spacing, new_spacing).astype(np.int16, copy=False))
@@ -190,7 +192,7 @@ def roundtrip(case: Case, recipe: PrepareRecipe, plan: Plan) -> NDArray[np.int16
 def foreground_locations(labels_zyx: NDArray[np.integer]) -> dict[int, NDArray[np.int32]]:
     """Positions (n, 3) of each label above 0: at most 10,000, or 1 % of its voxels if that is more (nnU-Net's draw)."""
     # nnU-Net's own sample comes from this legacy generator, one for all labels of a case
-    generator = np.random.RandomState(LOCATIONS_SEED)  # noqa: NPY002
+    generator = np.random.RandomState(LOCATIONS_SEED)
     locations = {}
     for label in np.unique(labels_zyx[labels_zyx > 0]):
         found = np.argwhere(labels_zyx == label)
@@ -249,42 +251,6 @@ def _crop_range(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str])
             raise InputError(f"prepare.slice_crop = 'head' needs a CT channel, but the channels are {list(channel_names)}; set it to 'off'")
         return head_range(case.image_czyx[ct[0]], case.grid.spacing_zyx_mm)
     return 0, n
-
-
-def _oriented(case: Case) -> tuple[Case, Shape, tuple[bool, bool, bool]]:
-    """The case with z to superior, y to posterior and x to left, as near as permuting and reversing axes can come."""
-    direction = case.grid.direction_3x3  # rows: right, anterior, superior; columns: z, y, x
-    swap = abs(direction[1, 1]) + abs(direction[0, 2]) < abs(direction[1, 2]) + abs(direction[0, 1])
-    axes = (0, 2, 1) if swap else (0, 1, 2)
-    turned = _permuted(case, axes)
-    wanted = ((0, 2, 1.0), (1, 1, -1.0), (2, 0, -1.0))
-    down = [bool(turned.grid.affine_4x4[row, axis] * sign < 0) for axis, row, sign in wanted]
-    flips = (down[0], down[1], down[2])
-    index = tuple(slice(None, None, -1) if flip else slice(None) for flip in flips)
-    grid, affine = turned.grid, np.array(turned.grid.affine_4x4)
-    for axis, flip in enumerate(flips):
-        if flip:
-            affine[:3, 3] += affine[:3, axis] * (grid.shape_zyx[axis] - 1)
-            affine[:3, axis] *= -1
-    at_mm = grid.slice_positions_mm
-    if at_mm is not None and flips[0]:
-        at_mm = tuple(-value for value in reversed(at_mm))
-    grid = replace(grid, affine_4x4=affine, slice_positions_mm=at_mm, header=None)
-    labels = None if turned.labels_zyx is None else np.ascontiguousarray(turned.labels_zyx[index])
-    return Case(case.id, np.ascontiguousarray(turned.image_czyx[(slice(None), *index)]), labels, grid), axes, flips
-
-
-def _permuted(case: Case, order: Shape) -> Case:
-    """The same voxels with axis k taken from axis order[k]."""
-    if order == (0, 1, 2):
-        return case
-    old = case.grid
-    affine = old.affine_4x4[:, [*order, 3]]
-    pixdim = None if old.pixdim_zyx_mm is None else _as_floats([old.pixdim_zyx_mm[axis] for axis in order])
-    shape, file_axes = (_as_shape([values[axis] for axis in order]) for values in (old.shape_zyx, old.file_axes))
-    grid = Grid(shape, affine, old.slice_positions_mm, file_axes, pixdim)
-    labels = None if case.labels_zyx is None else case.labels_zyx.transpose(order)
-    return Case(case.id, case.image_czyx.transpose(0, *(axis + 1 for axis in order)), labels, grid)
 
 
 def _constant_notes(case_id: str, before: NDArray[np.float32], after: NDArray[np.float32], plan: Plan) -> tuple[str, ...]:

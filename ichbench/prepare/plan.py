@@ -99,7 +99,8 @@ class Plan:
         """Read what `to_json` wrote."""
         known = {field.name for field in dataclasses.fields(cls)}
         if set(table) != known:
-            raise InputError(f"not a plan: missing {sorted(known - set(table))}, unknown {sorted(set(table) - known)}; make one with `ichbench plan`")
+            missing, unknown = sorted(known - set(table)), sorted(set(table) - known)
+            raise InputError(f"not a plan: missing {missing}, unknown {unknown}; make one with `ichbench plan`")
         return cls(**{key: _tuples(value) for key, value in table.items()})
 
     def explain(self) -> list[str]:
@@ -233,7 +234,7 @@ def _target(fingerprint: Fingerprint, recipe: PlanRecipe) -> tuple[Floats, Ints]
     forward = (first, *(axis for axis in range(3) if axis != first))
     if recipe.spacing_mm != "auto":
         if len(recipe.spacing_mm) != recipe.dims:
-            raise InputError(f"plan.spacing_mm has {len(recipe.spacing_mm)} entries, but dims = {recipe.dims}; give one per axis, coarsest first")
+            raise InputError(f"plan.spacing_mm = {recipe.spacing_mm}, but dims = {recipe.dims}; give one entry per axis, coarsest first")
         for axis, value in zip(forward[3 - recipe.dims :], recipe.spacing_mm, strict=True):
             target[axis] = value
     return tuple(float(value) for value in target), forward
@@ -252,7 +253,7 @@ def _sized(plan: Plan, recipe: PlanRecipe, voxels: float) -> Plan:
 
     if recipe.patch_size != "auto":
         if len(recipe.patch_size) != plan.dims:
-            raise InputError(f"plan.patch_size has {len(recipe.patch_size)} entries, but dims = {plan.dims}; give one per axis, coarsest first")
+            raise InputError(f"plan.patch_size = {recipe.patch_size}, but dims = {plan.dims}; give one entry per axis, coarsest first")
         shape, features, estimate = measured([min(a, b) for a, b in zip(recipe.patch_size, plan.median_shape, strict=True)])
     else:
         shape, features, estimate = measured(_initial_patch(plan))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.prepare.downsample import nearest_index, resize, resize_labels
+from ichbench.prepare.resize import nearest_index, resize, resize_labels
 
 #: above this ratio of the coarsest to the finest spacing an axis is resampled apart, and planned as anisotropic
 ANISOTROPY = 3
@@ -75,5 +75,5 @@ def _slice_by_slice(channel_zyx: NDArray[np.floating], shape: Sequence[int], axi
     in_plane = tuple(n for other, n in enumerate(shape) if other != axis)
     index = nearest_index(len(stack), shape[axis])
     used = np.unique(index)  # slices that nobody will look at are not resized
-    resized = np.stack([resize(stack[one], in_plane, order) for one in used])
+    resized = resize(stack[used], (len(used), *in_plane), order, stacked=True)
     return np.moveaxis(resized[np.searchsorted(used, index)], 0, axis)

@@ -1,11 +1,16 @@
-"""Which slices the method sees: crop, extension beyond the crop, and neighbouring slices as channels (flags five to seven)."""
+"""Which slices the method sees, and which way they lie: orientation, slice crop, extension, neighbours as channels."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.cases.case import Case
+from ichbench.cases.case import Case, Grid
+from ichbench.cases.images import reorient
+
+Shape = tuple[int, int, int]
 
 #: A slice shows the head when this area lies above 0 HU. Air, fat and foam are below 0 HU, so it counts tissue and bone:
 #: 20 cm2 is a disc 5 cm across, less than any slice through the brain (the vertex included, a few mm below the skin) and
@@ -30,7 +35,7 @@ def reference_range(labels_zyx: NDArray[np.integer] | None, n_slices: int) -> tu
     """
     if labels_zyx is None:
         return 0, n_slices
-    return _range((labels_zyx > 0).any(axis=(1, 2)))
+    return _range(np.asarray((labels_zyx > 0).any(axis=(1, 2))))
 
 
 def cover(kept: tuple[int, int], back: NDArray[np.float64], n_slices: int) -> tuple[int, int]:
@@ -69,6 +74,34 @@ def neighbours(image_czyx: NDArray[np.float32], n: int) -> NDArray[np.float32]:
         return image_czyx
     z = np.arange(image_czyx.shape[1])
     return np.concatenate([image_czyx[:, np.clip(z + offset, 0, len(z) - 1)] for offset in range(-n, n + 1)])
+
+
+def oriented(case: Case) -> tuple[Case, Shape, tuple[bool, bool, bool]]:
+    """The case turned to (superior, posterior, left) by `images.reorient`; also which old axis each new one was, and which were reversed.
+
+    A case that a reorienting cohort has already turned stays as it is.
+    """
+    volumes: list[NDArray[Any]] = [*case.image_czyx] if case.labels_zyx is None else [*case.image_czyx, case.labels_zyx]
+    turned, grid = reorient(volumes, case.grid)
+    old, new = case.grid, grid.file_axes
+    axes = (old.file_axes.index(new[0]), old.file_axes.index(new[1]), old.file_axes.index(new[2]))
+    flips = tuple(bool(grid.file_flips[axis] != old.file_flips[axes[axis]]) for axis in range(3))
+    labels = None if case.labels_zyx is None else turned[-1]
+    return Case(case.id, np.stack(turned[: len(case.image_czyx)]), labels, grid), axes, (flips[0], flips[1], flips[2])
+
+
+def permuted(case: Case, order: Shape) -> Case:
+    """The same voxels with axis k taken from axis order[k]."""
+    if order == (0, 1, 2):
+        return case
+    old = case.grid
+    affine = old.affine_4x4[:, [*order, 3]]
+    pixdim = None if old.pixdim_zyx_mm is None else (old.pixdim_zyx_mm[order[0]], old.pixdim_zyx_mm[order[1]], old.pixdim_zyx_mm[order[2]])
+    shape, file_axes = ((values[order[0]], values[order[1]], values[order[2]]) for values in (old.shape_zyx, old.file_axes))
+    file_flips = (old.file_flips[order[0]], old.file_flips[order[1]], old.file_flips[order[2]])
+    grid = Grid(shape, affine, old.slice_positions_mm, file_axes, pixdim, file_flips=file_flips)
+    labels = None if case.labels_zyx is None else case.labels_zyx.transpose(order)
+    return Case(case.id, case.image_czyx.transpose(0, *(axis + 1 for axis in order)), labels, grid)
 
 
 def _range(present: NDArray[np.bool_]) -> tuple[int, int]:

@@ -74,7 +74,9 @@ def apply_grey_levels(
     if recipe.window != "off":
         image = apply_window(image, windows_of(recipe), names)
         names = flagged_channel_names(names, recipe)
-        done += [f"window level {one.level_hu:g} width {one.width_hu:g} ([{one.low_hu:g}, {one.high_hu:g}] HU)" for one in windows_of(recipe)]
+        done += [
+            f"window level {one.level_hu:g} width {one.width_hu:g} ([{one.low_hu:g}, {one.high_hu:g}] HU)" for one in windows_of(recipe)
+        ]
     if recipe.threshold != "off":
         image = apply_threshold(image, recipe.threshold, names)
         done.append(f"threshold [{recipe.threshold.low_hu:g}, {recipe.threshold.high_hu:g}] HU")

@@ -141,7 +141,7 @@ def _to_numpy(array: Any, what: str) -> NDArray[Any]:
 
 def _whole_numbers(values: NDArray[Any], what: str) -> NDArray[np.int64]:
     """Floats that are whole numbers as int64. Only voxels that are not 0 are looked at: masks are mostly background."""
-    found = values[values != 0]
+    found = values[values != 0].astype(np.float64)
     wrong = found[~((found == np.rint(found)) & (np.abs(found) < 2.0**31))]
     if wrong.size:
         raise InputError(

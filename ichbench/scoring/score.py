@@ -92,7 +92,8 @@ def score_masks(
     spacing_mm = overlap.as_spacing(spacing_zyx_mm)
     counts = overlap.count(reference, predicted)
     surfaces = surface.surface_record(reference, predicted, spacing_mm)
-    pair = Measured(counts, math.prod(spacing_mm) / 1000.0, surfaces, rules)
+    voxel_ml = math.prod(sorted(spacing_mm)) / 1000.0  # sorted, so that the order of the axes cannot change the last bit
+    pair = Measured(counts, voxel_ml, surfaces, rules)
     values: dict[str, float] = {}
     for key, (formula, parameter) in wanted.items():
         declared = rules.empty_rule(key).value(counts.reference, counts.predicted)

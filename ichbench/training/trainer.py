@@ -105,7 +105,11 @@ class _Run:
         self.optimizer = OPTIMIZERS[training.optimizer](self.network.parameters(), training)
         loss: Loss = LOSSES[training.loss]
         batch_dice = plan.batch_dice if training.batch_dice == "auto" else training.batch_dice
-        self.loss = lambda outputs, target: supervised(loss, outputs, target, batch_dice, network.unsupervised_levels)
+
+        def supervised_loss(outputs: Tensor | list[Tensor], target: Tensor) -> Tensor:
+            return supervised(loss, outputs, target, batch_dice, network.unsupervised_levels)
+
+        self.loss = supervised_loss
         self.workers = GPU_WORKERS if device.type == "cuda" else 0
 
     def to_the_end(self, write: Callable[[str], Any], progress: Callable[[dict[str, Any]], None] | None) -> TrainResult:
@@ -168,7 +172,7 @@ class _Run:
                     f"training diverged: the loss is {value} in epoch {epoch}, step {number}; "
                     "check the images for NaN, or lower training.learning_rate"
                 )
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
             self.optimizer.step()
             total += value
