@@ -17,3 +17,38 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found at {folder}; set ICHBENCH_SHARED_DATA to run this test")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cohort of six small phantoms (four for training), shared by the tests of a worker; do not change it."""
+    from ichbench.cases.phantom import write_phantom
+
+    folder = tmp_path_factory.mktemp("cohort") / "phantom6"
+    write_phantom(folder, 6, "small", seed=3, n_test=2)
+    return folder
+
+
+TINY = """
+[plan]
+base_features = 4
+max_features = 8
+memory_gb = 0.01
+
+[training]
+epochs = 1
+iterations_per_epoch = 2
+validation_iterations = 1
+
+[inference]
+mirror = false
+tile_step = 1.0
+"""
+
+
+@pytest.fixture
+def tiny_preset(tmp_path: Path) -> Path:
+    """A preset that trains for a second: it proves the plumbing, not the learning."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path

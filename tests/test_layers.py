@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ichbench"
 #: rooms from top to bottom; inside a room, files from top to bottom
 HOUSE: dict[str, tuple[str, ...]] = {
     "errors": (),
-    "cases": ("case", "files", "nifti", "images", "splits", "folders", "phantom_shapes", "phantom_draw", "phantom_render", "phantom", "cohort"),
+    "cases": ("case", "files", "nifti", "images", "splits", "folders", "phantom_shapes", "phantom_bleeds", "phantom_draw", "phantom_render", "phantom", "cohort"),
     "scoring": ("overlap", "surface", "protocol", "score"),
     "recipe": (),
     "prepare": ("window", "resize", "downsample", "slices", "crop", "normalize", "resample", "fingerprint", "plan", "pipeline", "store"),

@@ -21,8 +21,9 @@ from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
 from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
 
-#: the embedded default cohort: cases, test cases among them, size and seed
-PHANTOM_COHORT = {"n_cases": 40, "n_test": 16, "size": "small", "seed": 0}
+#: the embedded default cohort. Its seed was chosen so that all five kinds of bleed are in training and test, and that no test case is
+#: without a bleed: there the official rules make the Hausdorff distance infinite for every arm (facts A1), and a column says nothing
+PHANTOM_COHORT = {"n_cases": 40, "n_test": 16, "size": "small", "seed": 29}
 
 
 @dataclass(frozen=True)

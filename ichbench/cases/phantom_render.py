@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.cases.phantom_bleeds import PHANTOM_SIZES, blood_fraction, sub_centres
+from ichbench.cases.phantom_bleeds import PHANTOM_SIZES, bleed_points, blood_fraction, sub_centres
 from ichbench.cases.phantom_draw import Blob, HeadParameters
 from ichbench.cases.phantom_shapes import MM_PER_RHO, UNDER_DURA, Array, HeadFrame, ramp, wave
 
@@ -151,7 +151,7 @@ def _paint_outside(head: HeadParameters, points: tuple[Array, Array, Array], uvw
     hu = np.full(rho.shape, AIR_HU)
     u, v, w = uvw
     low = np.maximum(w, 0.0)
-    cylinder = np.sqrt(u * u + v * v + low * low)
+    cylinder = rho if float(w.min()) >= 0.0 else np.sqrt(u * u + v * v + low * low)
     near = np.flatnonzero((rho > 0.97) & (cylinder < 1.36))
     r, c = rho.ravel()[near], cylinder.ravel()[near]
     nx, ny, nz = (part.ravel()[near] / r for part in uvw)
@@ -203,7 +203,7 @@ def _blood(head: HeadParameters) -> tuple[Array, Array, tuple[tuple[float, float
     voxel_ml = z_mm * y_mm * x_mm / 1000.0
     volumes = []
     for n, bleed in enumerate(head.bleeds):
-        sub = bleed_points(head, n)
+        sub = bleed_points(bleed.kind, bleed.scaled_ml * head.frame.scale**3, head.spacing_zyx_mm, PHANTOM_SIZES[head.size])
         before = tuple(b.shape for b in head.bleeds[:n])
         own, added, box = blood_fraction(bleed.shape, head.frame, head.shape_zyx, head.spacing_zyx_mm, sub, before)
         volumes.append((float(own.sum()) * voxel_ml, float((own >= 0.5).sum()) * voxel_ml))
@@ -213,16 +213,6 @@ def _blood(head: HeadParameters) -> tuple[Array, Array, tuple[tuple[float, float
         blood[box] += added
         blood_hu[box] += added * (bleed.hu + 2.0 * clumps)
     return blood, blood_hu, tuple(volumes)
-
-
-def bleed_points(head: HeadParameters, index: int) -> tuple[int, int, int]:
-    """Points per voxel (z, y, x) for one bleed: more for small, thin and flat-topped ones, whose few points would miss the 1 %."""
-    z, y, x = PHANTOM_SIZES[head.size].bleed_sub_zyx
-    bleed = head.bleeds[index]
-    if bleed.kind == "subarachnoid":
-        return z, y + 1, x + 1
-    hard = bleed.kind == "intraventricular" or bleed.scaled_ml * head.frame.scale**3 < 3.0
-    return (z + 1, 2 * y + 1, 2 * x + 1) if hard else (z, y, x)
 
 
 def _artefacts(head: HeadParameters, rng: np.random.Generator) -> Array:

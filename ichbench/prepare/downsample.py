@@ -114,14 +114,16 @@ def respace_slices(case: Case, target_mm: float | None) -> tuple[Case, NDArray[n
         gap_mm = float(np.median(np.diff(at_mm))) if target_mm is None else target_mm
         count = max(2, round(float(at_mm[-1]) / gap_mm) + 1)
         new_at_mm = np.linspace(0.0, at_mm[-1], count)
-        position, back = np.interp(new_at_mm, at_mm, np.arange(n)), at_mm / new_at_mm[1]
+        position = np.interp(new_at_mm, at_mm, np.arange(n))
+        back = at_mm / new_at_mm[1]
         step, first = float(new_at_mm[1]) / spacing_mm, 0.0
     else:
         count = n if target_mm is None else max(1, round(n * spacing_mm / target_mm))
         if count == n:
             return case, np.arange(n, dtype=np.float64)
         step = n / count
-        position, back = step * (np.arange(count) + 0.5) - 0.5, (np.arange(n) + 0.5) / step - 0.5
+        position = step * (np.arange(count, dtype=np.float64) + 0.5) - 0.5
+        back = (np.arange(n, dtype=np.float64) + 0.5) / step - 0.5
         first = (step - 1) / 2
     new_grid = grid.resized((count, *grid.shape_zyx[1:]), np.array([step, 1.0, 1.0]), np.array([first, 0.0, 0.0]))
     image = interpolate_axis(case.image_czyx, 1, position)

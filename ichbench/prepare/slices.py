@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,8 @@ def take_slices(case: Case, first: int, stop: int, extension: int = 0) -> Case:
     start = np.array([float(wanted[0]), 0.0, 0.0])
     grid = case.grid.resized((len(wanted), *case.grid.shape_zyx[1:]), np.ones(3), start)
     labels = None if case.labels_zyx is None else case.labels_zyx[index]
-    return Case(case.id, case.image_czyx[:, index], labels, grid)
+    # uneven stacks have been made even by now; only a single slice can still carry a position
+    return Case(case.id, case.image_czyx[:, index], labels, replace(grid, slice_positions_mm=None))
 
 
 def neighbours(image_czyx: NDArray[np.float32], n: int) -> NDArray[np.float32]:

@@ -1,0 +1,35 @@
+"""The nonzero box and its -1, against scipy's own hole filling."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from ichbench.prepare.crop import crop_to_nonzero, fill_holes, nonzero_box
+
+
+@given(st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7)), st.floats(0, 1), st.integers(0, 999))
+@settings(max_examples=80, deadline=None)
+def test_against_scipy(shape: tuple[int, int, int], density: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    image = (rng.random((2, *shape)) < density * 0.7) * rng.normal(size=(2, *shape)).astype(np.float32)
+    labels = rng.integers(0, 3, shape).astype(np.int16)
+    filled = ndimage.binary_fill_holes((image != 0).any(axis=0))
+    np.testing.assert_array_equal(fill_holes((image != 0).any(axis=0)), filled)
+    cropped, new_labels, box = crop_to_nonzero(image.astype(np.float32), labels)
+    found = np.argwhere(filled)
+    expected = [(a, b + 1) for a, b in zip(found.min(0), found.max(0), strict=True)] if len(found) else [(0, n) for n in shape]
+    assert [tuple(span) for span in box] == expected
+    inside = tuple(slice(*span) for span in expected)
+    np.testing.assert_array_equal(cropped, image[(slice(None), *inside)])
+    np.testing.assert_array_equal(new_labels, np.where((labels == 0) & ~filled, -1, labels)[inside])
+    _, without, _ = crop_to_nonzero(image.astype(np.float32), None)
+    np.testing.assert_array_equal(without, np.where(filled, 0, -1)[inside])
+
+
+def test_an_empty_image_keeps_its_size() -> None:
+    box, mask = nonzero_box(np.zeros((1, 2, 3, 4), np.float32))
+    assert box == ((0, 2), (0, 3), (0, 4))
+    assert not mask.any()

@@ -1,0 +1,97 @@
+"""The fingerprint: closed forms, and nnU-Net's draw repeated and converged to."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ichbench.cases.case import Case, Grid
+from ichbench.errors import InputError
+from ichbench.prepare.fingerprint import Fingerprint, combine, fingerprint
+
+
+def case(name: str, values: np.ndarray, channels: int = 1) -> Case:
+    """A case whose foreground holds exactly `values` and whose background holds 7."""
+    shape = (4, 8, 16)
+    image = np.full((channels, *shape), 7, np.float32)
+    labels = np.zeros(shape, np.int16)
+    labels.ravel()[: len(values)] = 1 + np.arange(len(values)) % 2
+    for channel in range(channels):
+        image[channel].ravel()[: len(values)] = values * (channel + 1)
+    return Case(name, image, labels, Grid(shape, np.diag([5.0, 0.5, 0.4, 1])))
+
+
+def test_every_case_weighs_the_same() -> None:
+    """300 voxels of 10 and 2 voxels of 50 and 70: half the weight is 10, a quarter each 50 and 70."""
+    found = fingerprint([case("big", np.full(300, 10.0)), case("small", np.array([50.0, 70.0])), case("none", np.array([]))])
+    facts = found.intensities["0"]
+    assert facts["mean"] == pytest.approx(35)
+    assert facts["std"] == pytest.approx(np.sqrt(0.5 * 25**2 + 0.25 * 15**2 + 0.25 * 35**2))
+    assert (facts["min"], facts["max"], facts["percentile_00_5"], facts["percentile_99_5"]) == (10, 70, 10, 70)
+    assert facts["median"] == 30  # the weight reaches one half exactly between 10 and 50
+
+
+def test_equal_sizes_give_the_plain_statistics() -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(50, 10, 400).astype(np.float32) for _ in range(3)]
+    facts = fingerprint([case(str(index), part, 2) for index, part in enumerate(parts)]).intensities
+    pooled = np.concatenate(parts).astype(np.float64)
+    assert facts["0"]["mean"] == pytest.approx(pooled.mean())
+    assert facts["0"]["std"] == pytest.approx(pooled.std())
+    assert facts["0"]["median"] == pytest.approx(np.median(pooled))
+    assert facts["0"]["percentile_99_5"] == pytest.approx(np.sort(pooled)[1193:1195].mean())  # 1194 of 1200 lie below
+    assert facts["1"]["mean"] == pytest.approx(2 * pooled.mean())
+
+
+def test_sampled_repeats_nnunets_draw() -> None:
+    """RandomState(1234) anew for each case, n // cases values with replacement, channel after channel."""
+    cases = [case("a", np.arange(1, 41, dtype=np.float32), 2), case("b", np.arange(100, 110, dtype=np.float32), 2), case("c", np.array([]), 2)]
+    facts = fingerprint(cases, sampled=True, n_samples=3000).intensities
+    drawn = []
+    for values in (np.arange(1, 41), np.arange(100, 110)):
+        generator = np.random.RandomState(1234)
+        first = generator.choice(values, 1000)
+        drawn.append((first, 2 * generator.choice(values, 1000)))
+    for channel in (0, 1):
+        pooled = np.concatenate([pair[channel] for pair in drawn])
+        assert facts[str(channel)]["mean"] == pytest.approx(pooled.mean(), rel=1e-6)
+        assert facts[str(channel)]["percentile_99_5"] == pytest.approx(np.percentile(pooled, 99.5))
+
+
+def test_the_draw_converges_to_the_law() -> None:
+    rng = np.random.default_rng(1)
+    cases = [case(str(n), rng.normal(40 + n, 8, n).astype(np.float32)) for n in (10, 100, 500)]
+    law, draw = fingerprint(cases).intensities["0"], fingerprint(cases, sampled=True, n_samples=300_000).intensities["0"]
+    for key, value in law.items():
+        assert draw[key] == pytest.approx(value, abs=0.15), key
+
+
+def test_shapes_and_spacings() -> None:
+    whole = case("whole", np.ones(5))
+    image = whole.image_czyx.copy()
+    image[:, :, :, 8:] = 0
+    half = Case("half", image, whole.labels_zyx, whole.grid)
+    found = fingerprint([whole, half, half])
+    assert found.spacings == ((5.0, 0.5, 0.4),) * 3
+    assert found.shapes_after_crop == ((4, 8, 16), (4, 8, 8), (4, 8, 8))
+    assert found.median_relative_size == 0.5
+
+
+def test_json_uses_nnunets_keys() -> None:
+    found = fingerprint([case("a", np.arange(30.0))])
+    table = json.loads(json.dumps(found.to_json()))
+    assert sorted(table) == ["foreground_intensity_properties_per_channel", "median_relative_size_after_cropping", "shapes_after_crop", "spacings"]
+    assert Fingerprint.from_json(table) == found
+    with pytest.raises(InputError, match="not a dataset fingerprint"):
+        Fingerprint.from_json({"spacings": []})
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="no training cases"):
+        combine([])
+    with pytest.raises(InputError, match="none of the 1 training cases has a labelled voxel"):
+        fingerprint([case("none", np.array([]))])
+    with pytest.raises(InputError, match="case x has no labels"):
+        fingerprint([Case("x", np.zeros((1, 1, 1, 1), np.float32), None, Grid((1, 1, 1), np.eye(4)))])
