@@ -47,13 +47,14 @@ def test_equal_sizes_give_the_plain_statistics() -> None:
 
 def test_sampled_repeats_nnunets_draw() -> None:
     """RandomState(1234) anew for each case, n // cases values with replacement, channel after channel."""
-    cases = [case("a", np.arange(1, 41, dtype=np.float32), 2), case("b", np.arange(100, 110, dtype=np.float32), 2), case("c", np.array([]), 2)]
+    values = {"a": np.arange(1, 41, dtype=np.float32), "b": np.arange(100, 110, dtype=np.float32), "c": np.array([])}
+    cases = [case(name, one, 2) for name, one in values.items()]
     facts = fingerprint(cases, sampled=True, n_samples=3000).intensities
     drawn = []
-    for values in (np.arange(1, 41), np.arange(100, 110)):
+    for one in (values["a"], values["b"]):
         generator = np.random.RandomState(1234)
-        first = generator.choice(values, 1000)
-        drawn.append((first, 2 * generator.choice(values, 1000)))
+        first = generator.choice(one, 1000)
+        drawn.append((first, 2 * generator.choice(one, 1000)))
     for channel in (0, 1):
         pooled = np.concatenate([pair[channel] for pair in drawn])
         assert facts[str(channel)]["mean"] == pytest.approx(pooled.mean(), rel=1e-6)
@@ -82,7 +83,12 @@ def test_shapes_and_spacings() -> None:
 def test_json_uses_nnunets_keys() -> None:
     found = fingerprint([case("a", np.arange(30.0))])
     table = json.loads(json.dumps(found.to_json()))
-    assert sorted(table) == ["foreground_intensity_properties_per_channel", "median_relative_size_after_cropping", "shapes_after_crop", "spacings"]
+    assert sorted(table) == [
+        "foreground_intensity_properties_per_channel",
+        "median_relative_size_after_cropping",
+        "shapes_after_crop",
+        "spacings",
+    ]
     assert Fingerprint.from_json(table) == found
     with pytest.raises(InputError, match="not a dataset fingerprint"):
         Fingerprint.from_json({"spacings": []})
@@ -91,7 +97,7 @@ def test_json_uses_nnunets_keys() -> None:
 def test_refusals() -> None:
     with pytest.raises(InputError, match="no training cases"):
         combine([])
-    with pytest.raises(InputError, match="none of the 1 training cases has a labelled voxel"):
+    with pytest.raises(InputError, match="none of the 1 training cases has a labelled voxel after the flags"):
         fingerprint([case("none", np.array([]))])
     with pytest.raises(InputError, match="case x has no labels"):
         fingerprint([Case("x", np.zeros((1, 1, 1, 1), np.float32), None, Grid((1, 1, 1), np.eye(4)))])

@@ -165,7 +165,7 @@ def test_more_memory_gives_more() -> None:
     assert small.estimate <= 560e6 / 4
     assert large.estimate <= 560e6 * 3
     with pytest.raises(InputError, match=r"no patch fits plan\.memory_gb"):
-        plan("ct_liver", memory_gb=1e-6)
+        plan("ct_liver", memory_gb=1e-7)
 
 
 def test_windows_and_neighbours_widen_the_input() -> None:
@@ -198,3 +198,13 @@ def test_anisotropic_patches_are_named() -> None:
     assert plan("cine_mr").anisotropic
     assert not plan("exactly_3", patch_size=(64, 192, 192)).anisotropic
     assert not plan("cine_mr", dims=2).anisotropic
+
+
+@pytest.mark.parametrize(
+    ("thick", "slices", "expected"),
+    [(3.0, 40, 3.0), (3.01, 40, 1.5), (3.01, 66, 1.5), (3.01, 67, 3.01), (3.01, 200 / 3, 3.01)],
+)
+def test_thick_slices_are_refined_only_beyond_both_limits(thick: float, slices: float, expected: float) -> None:
+    """The 10th percentile of the coarse spacing is taken if it is more than 3 times coarser and has more than 3 times fewer voxels."""
+    found = cohort([(thick, 1.0, 1.0)] * 8 + [(1.5, 1.0, 1.0)] * 2, [(slices, 200, 200)] * 10)
+    assert make_plan(found, PlanRecipe(), ("MR",), 2, 100).spacing == (expected, 1.0, 1.0)

@@ -210,6 +210,21 @@ def test_ignored_voxels_count_in_neither_mask() -> None:
     assert found["predicted_ml"] == found["reference_ml"]
 
 
+def test_distances_are_summed_in_the_order_of_the_file() -> None:
+    """The last bit of sqrt((a + b) + c) depends on the order; the official script has that of the file, here (x, y, z)."""
+    reference, predicted = np.zeros((2, 6, 6, 6), dtype=bool)
+    reference[1, 1, 1] = predicted[4, 3, 2] = True
+    spacing = (5.0, 0.7, 0.49)
+    expected = official(reference.T, predicted.T, spacing[::-1])
+    assert expected["hd"] != official(reference, predicted, spacing)["hd"], "the pair that this test needs"
+    for axes, turned, edges in (
+        ((2, 1, 0), (0, 1, 2), spacing),
+        ((1, 2, 0), (1, 0, 2), (spacing[1], spacing[0], spacing[2])),  # working axis k is file axis axes[k]
+    ):
+        rows = rows_for_case("a", "-", "-", "c", reference.transpose(turned), predicted.transpose(turned), edges, file_axes=axes)
+        assert by_metric(rows)["hd"] == expected["hd"]
+
+
 def test_undeclared_labels_and_shapes_name_the_case() -> None:
     with pytest.raises(InputError, match=r"case 017: the prediction contains the label\(s\) \[3\]"):
         rows_for_case("a", "-", "-", "017", box_mask(), 3 * box_mask(), SPACING, labels={"clot": 1})

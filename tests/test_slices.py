@@ -77,7 +77,8 @@ def test_orientation_moves_voxels_and_not_the_patient() -> None:
     rng = np.random.default_rng(5)
     # rows right, anterior, superior; columns z, y, x: z to inferior, y to right, x to anterior
     affine = np.array([[0, 0.5, 0, 1], [0, 0, 0.4, 2], [-5, 0, 0, 3], [0, 0, 0, 1]], dtype=np.float64)
-    case = Case("turned", rng.normal(size=(2, 4, 3, 5)).astype(np.float32), rng.integers(0, 3, (4, 3, 5)).astype(np.int16), Grid((4, 3, 5), affine))
+    image, labels = rng.normal(size=(2, 4, 3, 5)).astype(np.float32), rng.integers(0, 3, (4, 3, 5)).astype(np.int16)
+    case = Case("turned", image, labels, Grid((4, 3, 5), affine))
     new, axes, flips = oriented(case)
     assert (axes, flips) == ((0, 2, 1), (True, True, True))
     np.testing.assert_allclose(new.grid.direction_3x3, [[0, 0, -1], [0, -1, 0], [1, 0, 0]], atol=1e-12)

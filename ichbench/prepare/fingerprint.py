@@ -98,7 +98,7 @@ def combine(facts: Iterable[CaseFacts], sampled: bool = False, n_samples: int = 
         raise InputError("there are no training cases to take a fingerprint of")
     with_foreground = [one.foreground for one in found if one.foreground.shape[1] > 0]
     if not with_foreground:
-        raise InputError(f"none of the {len(found)} training cases has a labelled voxel; training needs at least one")
+        raise InputError(f"none of the {len(found)} training cases has a labelled voxel after the flags; training needs at least one")
     if len({len(one) for one in with_foreground}) != 1:
         raise InputError(f"the training cases have different numbers of channels: {sorted({len(one) for one in with_foreground})}")
     if sampled:

@@ -166,7 +166,7 @@ class _Run:
             with self.precision():
                 outputs = self.network(image.to(self.device, non_blocking=True))
             loss = self.loss(outputs, target.to(self.device, non_blocking=True))
-            value = float(loss)
+            value = float(loss.detach())
             if not math.isfinite(value):
                 raise CaseError(
                     f"training diverged: the loss is {value} in epoch {epoch}, step {number}; "

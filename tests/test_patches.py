@@ -1,0 +1,156 @@
+"""Patches: nnU-Net's sampling rule, borders, and the law that any sample can be drawn again alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ichbench.errors import InputError
+from ichbench.training.patches import (
+    PatchDraw,
+    TrainingCase,
+    choose_cases,
+    corner_range,
+    cut_patch,
+    draw_patch,
+    enlarged,
+    is_forced,
+    sample_generator,
+)
+
+
+def case(
+    shape: tuple[int, int, int] = (6, 20, 24), foreground: tuple[tuple[int, int, int, int], ...] = (), name: str = "a"
+) -> TrainingCase:
+    """An image that numbers its voxels; `foreground` is (label, z, y, x)."""
+    labels = np.zeros(shape, dtype=np.int16)
+    for label, *voxel in foreground:
+        labels[tuple(voxel)] = label
+    places = {label: np.argwhere(labels == label) for label in {entry[0] for entry in foreground}}
+    return TrainingCase(name, np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape) + 1, labels, places)
+
+
+@pytest.mark.parametrize(("batch", "forced"), [(2, 1), (3, 1), (4, 1), (5, 2), (8, 3), (12, 4)])
+def test_forced_share_of_a_batch(batch: int, forced: int) -> None:
+    """nnU-Net's counts at a share of 0.33 (facts section 5); they are the last samples of the batch."""
+    flags = [is_forced(i, batch, 0.33) for i in range(batch)]
+    assert sum(flags) == forced
+    assert flags == sorted(flags)
+    assert not any(is_forced(i, batch, 0.0) for i in range(batch))
+    assert all(is_forced(i, batch, 1.0) for i in range(batch))
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_corner_range(length: int, patch: int) -> None:
+    """Large images keep the patch inside; small ones lie inside the patch, centred as well as whole voxels allow."""
+    low, high = corner_range(length, patch)
+    if length >= patch:
+        assert (low, high) == (0, length - patch)
+    else:
+        assert low <= high <= 0
+        assert low + patch >= length
+        before, after = -low, patch - length + low
+        assert abs(before - after) <= 1
+        assert abs(-high - (patch - length + high)) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.tuples(st.integers(1, 5), st.integers(1, 19), st.integers(1, 23)))
+def test_a_forced_patch_is_centred_on_foreground_and_inside(step: int, voxel: tuple[int, int, int]) -> None:
+    one = case(foreground=((1, *voxel),))
+    draw = draw_patch(sample_generator(0, 0, step, 1), [one], (4, 8, 8), forced=True)
+    assert draw.label == 1
+    for low, size, place, length in zip(draw.lower_zyx, draw.size_zyx, voxel, one.labels_zyx.shape, strict=True):
+        assert low == min(max(0, place - size // 2), length - size)
+        assert low <= place < low + size
+    _, labels = cut_patch(one, draw)
+    assert (labels == 1).any()
+
+
+def test_classes_have_equal_chances_however_rare() -> None:
+    rare = case(foreground=((1, 1, 1, 1), *((2, z, y, x) for z in range(2, 5) for y in range(9) for x in range(9))))
+    labels = [draw_patch(sample_generator(3, 0, step, 0), [rare], (2, 4, 4), True).label for step in range(1000)]
+    # binomial(1000, 1/2): six standard deviations are 95
+    assert abs(labels.count(1) - 500) < 95
+    assert set(labels) == {1, 2}
+
+
+def test_unforced_corners_and_cases_are_uniform() -> None:
+    cases = [case((6, 8, 8), name=name) for name in "ab"]
+    draws = [draw_patch(sample_generator(1, 0, step, 0), cases, (4, 8, 6), False) for step in range(3000)]
+    for values, count in (([d.lower_zyx[0] for d in draws], 3), ([d.lower_zyx[2] for d in draws], 3), ([d.case for d in draws], 2)):
+        assert set(values) == set(range(count))
+        share = np.bincount(values) / 3000
+        # six standard deviations of a binomial with p = 1/3 or 1/2
+        assert np.abs(share - 1 / count).max() < 6 * np.sqrt(0.25 / 3000)
+    assert {draw.label for draw in draws} == {None}
+
+
+def test_without_foreground_a_forced_patch_lies_anywhere() -> None:
+    empty = TrainingCase("e", np.zeros((1, 6, 8, 8), np.float32), np.zeros((6, 8, 8), np.int16), {1: np.empty((0, 3), np.int64)})
+    draws = [draw_patch(sample_generator(1, 0, step, 0), [empty], (4, 4, 4), True) for step in range(50)]
+    assert {draw.label for draw in draws} == {None}
+    assert len({draw.lower_zyx for draw in draws}) > 20
+
+
+def test_2d_patches_are_one_slice_thick() -> None:
+    one = case(foreground=((1, 4, 3, 3),))
+    assert {draw_patch(sample_generator(0, 0, s, 0), [one], (8, 8), True).lower_zyx[0] for s in range(20)} == {4}
+    draws = [draw_patch(sample_generator(0, 0, s, 0), [one], (8, 8), False) for s in range(200)]
+    assert {d.lower_zyx[0] for d in draws} == set(range(6))
+    assert {d.size_zyx for d in draws} == {(1, 8, 8)}
+
+
+@given(
+    st.tuples(st.integers(-9, 9), st.integers(-30, 30), st.integers(-30, 30)),
+    st.tuples(st.integers(1, 9), st.integers(1, 30), st.integers(1, 30)),
+)
+def test_cut_equals_a_padded_cut(lower: tuple[int, int, int], size: tuple[int, int, int]) -> None:
+    one = case((4, 9, 7), foreground=((1, 1, 2, 3),))
+    image, labels = cut_patch(one, PatchDraw(0, lower, size, None))
+    pad = 60
+    box = tuple(slice(low + pad, low + pad + n) for low, n in zip(lower, size, strict=True))
+    np.testing.assert_array_equal(image[0], np.pad(one.image_czyx[0], pad)[box])
+    np.testing.assert_array_equal(labels, np.pad(one.labels_zyx, pad, constant_values=-1)[box])
+    assert image.dtype == np.float32
+    assert labels.dtype == np.int16
+
+
+def test_a_cut_is_a_copy() -> None:
+    one = case()
+    image, labels = cut_patch(one, PatchDraw(0, (0, 0, 0), (2, 4, 4), None))
+    image[:], labels[:] = -5, 7
+    assert one.image_czyx.min() == 1
+    assert one.labels_zyx.max() == 0
+
+
+def test_enlarging_keeps_the_centre() -> None:
+    draw = enlarged(PatchDraw(0, (1, 5, 5), (2, 8, 8), 1), (2, 14, 12))
+    assert (draw.lower_zyx, draw.size_zyx, draw.label) == ((1, 2, 3), (2, 14, 12), 1)
+    with pytest.raises(ValueError, match="cannot enlarge"):
+        enlarged(draw, (3, 14, 12))
+
+
+def test_no_cases() -> None:
+    with pytest.raises(InputError, match="no case"):
+        draw_patch(sample_generator(0, 0, 0, 0), [], (4, 4, 4), False)
+
+
+def test_generators_differ_in_every_part_of_the_key() -> None:
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    first = [sample_generator(*key).integers(2**62) for key in keys]
+    assert len(set(first)) == len(keys)
+    assert [sample_generator(*key).integers(2**62) for key in keys] == first
+
+
+def test_choosing_cases_is_seeded_and_nested() -> None:
+    cases = [case((2, 4, 4), name=str(i)) for i in range(12)]
+    names = [{c.id for c in choose_cases(cases, n, 0)} for n in (3, 6, 12)]
+    assert [len(n) for n in names] == [3, 6, 12]
+    assert names[0] < names[1] < names[2]
+    assert choose_cases(cases, "all", 0) == cases
+    assert {c.id for c in choose_cases(cases, 3, 1)} != names[0]
+    with pytest.raises(InputError, match="at most 12"):
+        choose_cases(cases, 13, 0)

@@ -1,0 +1,208 @@
+"""Training: it learns, it repeats, it stops, it complains. A network of a few thousand weights, a second or two each."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ichbench.errors import CaseError, InputError
+from ichbench.inference.sliding import predict_logits
+from ichbench.network.losses import LOSSES
+from ichbench.network.unet import make_unet
+from ichbench.network.weights import load_weights
+from ichbench.recipe import AugmentRecipe, EarlyStopping, InferenceRecipe, NetworkRecipe, TrainingRecipe
+from ichbench.training.patches import TrainingCase
+from ichbench.training.trainer import OPTIMIZERS, TrainResult, train
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    dims: int
+    patch_size: tuple[int, ...]
+    features: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernels: tuple[tuple[int, ...], ...]
+    batch_size: int = 2
+    in_channels: int = 1
+    n_classes: int = 2
+    batch_dice: bool = False
+
+
+SOLID = Plan(3, (4, 16, 16), (4, 8), ((1, 1, 1), (1, 2, 2)), ((1, 3, 3), (3, 3, 3)))
+FLAT = Plan(2, (16, 16), (4, 8), ((1, 1), (2, 2)), ((3, 3), (3, 3)), batch_size=4, batch_dice=True)
+QUICK = TrainingRecipe(
+    epochs=2, iterations_per_epoch=3, validation_iterations=1, optimizer="adamw", learning_rate=0.01, augment=AugmentRecipe()
+)
+
+
+def blob_cases(count: int, first: int = 0) -> list[TrainingCase]:
+    """Noise with a ball that is three standard deviations brighter."""
+    made = []
+    for i in range(first, first + count):
+        rng = np.random.default_rng(i)
+        z, y, x = np.ogrid[:6, :24, :24]
+        cz, cy, cx = rng.uniform(2, 4), rng.uniform(8, 16), rng.uniform(8, 16)
+        ball = ((z - cz) * 2) ** 2 + (y - cy) ** 2 + (x - cx) ** 2 < 25
+        image = (rng.standard_normal((6, 24, 24)) + 3.0 * ball).astype(np.float32)
+        made.append(TrainingCase(f"b{i}", image[None], ball.astype(np.int16), {1: np.argwhere(ball)}))
+    return made
+
+
+def quick(out: Path, plan: Plan = SOLID, seed: int = 0, **changes: Any) -> TrainResult:
+    network = changes.pop("network", NetworkRecipe())
+    cases = changes.pop("cases_", blob_cases(3))
+    return train(cases, changes.pop("validation_", blob_cases(2, 50)), plan, network, QUICK.model_copy(update=changes), seed, out)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(("plan", "least"), [(SOLID, 0.75), (FLAT, 0.6)], ids=["3d", "2d"])
+def test_learns_a_bright_ball(plan: Plan, least: float, tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    recipe = QUICK.model_copy(update={"epochs": 6, "iterations_per_epoch": 15, "validation_iterations": 4, "moving_average": 0.0})
+    result = train(blob_cases(6), blob_cases(4, 50), plan, NetworkRecipe(), recipe, 0, tmp_path, progress=heard.append)
+    assert heard == lines(tmp_path)
+    assert result.pseudo_dice[0] is not None
+    assert result.pseudo_dice[0] > 0.8
+    assert heard[-1]["train_loss"] < heard[0]["train_loss"] - 0.3
+    assert heard[-1]["val_loss"] < heard[0]["val_loss"]
+    # and through the sliding window, with the weights from the disk; in 2D a slice without the ball is mostly noise
+    network = make_unet(plan, NetworkRecipe(), seed=9)
+    load_weights(network, result.final)
+    one = blob_cases(1, 99)[0]
+    found = predict_logits(network, one.image_czyx, plan, InferenceRecipe(mirror=False)).argmax(0) == 1
+    truth = one.labels_zyx == 1
+    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > least
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    one = quick(tmp_path / "a")
+    torch.manual_seed(2)
+    np.random.default_rng(3).random()
+    two, other = quick(tmp_path / "b"), quick(tmp_path / "c", seed=1)
+    assert (one.final_sha256, one.best_sha256) == (two.final_sha256, two.best_sha256)
+    assert one.final_sha256 != other.final_sha256
+    assert one.final.read_bytes() == two.final.read_bytes()
+    timing = ("seconds", "steps_per_second")
+    assert [{k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / "a")] == [
+        {k: v for k, v in line.items() if k not in timing} for line in lines(tmp_path / "b")
+    ]
+
+
+def test_the_log(tmp_path: Path) -> None:
+    result = quick(tmp_path, epochs=3)
+    log = lines(tmp_path)
+    assert [line["epoch"] for line in log] == [0, 1, 2]
+    assert {line["epochs"] for line in log} == {3}
+    assert [line["learning_rate"] for line in log] == pytest.approx([0.01 * (1 - e / 3) ** 0.9 for e in range(3)])
+    assert all(len(line["pseudo_dice"]) == 1 and line["seconds"] >= 0 and line["steps_per_second"] > 0 for line in log)
+    average = log[0]["pseudo_dice"][0]
+    for line in log[1:]:
+        average = 0.9 * average + 0.1 * line["pseudo_dice"][0]
+        assert line["moving_average"] == pytest.approx(average)
+    assert result.epochs == 3
+    assert result.moving_average == pytest.approx(average)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.json",
+        "best.safetensors",
+        "final.json",
+        "final.safetensors",
+        "log.jsonl",
+    ]
+
+
+def test_best_is_the_epoch_with_the_highest_average(tmp_path: Path) -> None:
+    result = quick(tmp_path, epochs=5, moving_average=0.0, learning_rate=0.05)
+    averages = [line["moving_average"] for line in lines(tmp_path)]
+    assert result.best_epoch == int(np.argmax(averages))
+    assert json.loads((tmp_path / "best.json").read_text())["about"]["epoch"] == result.best_epoch
+    assert (result.best_sha256 == result.final_sha256) == (result.best_epoch == 4)
+
+
+@pytest.mark.parametrize("changes", [{"validation_iterations": 0}, {"validation_": []}])
+def test_without_validation_best_is_final(changes: dict[str, Any], tmp_path: Path) -> None:
+    result = quick(tmp_path, **changes)
+    assert result.best_sha256 == result.final_sha256
+    assert result.moving_average is None
+    assert result.pseudo_dice == ()
+    assert [line["val_loss"] for line in lines(tmp_path)] == [None, None]
+
+
+def test_no_foreground_anywhere_gives_null_not_nan(tmp_path: Path) -> None:
+    empty = [TrainingCase("e", np.zeros((1, 6, 24, 24), np.float32), np.zeros((6, 24, 24), np.int16), {})]
+    quick(tmp_path, cases_=empty, validation_=empty, learning_rate=1e-9)
+    assert all(line["pseudo_dice"][0] in (None, 0.0) for line in lines(tmp_path))
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    """A learning rate that changes nothing: the average of a fixed network rises once or twice by chance, then patience runs out."""
+    result = quick(tmp_path, epochs=40, learning_rate=1e-12, iterations_per_epoch=1, early_stopping=EarlyStopping(patience_epochs=2))
+    assert result.stopped_early
+    assert result.epochs == len(lines(tmp_path)) == result.best_epoch + 3 < 40
+    with pytest.raises(InputError, match="early_stopping needs validation"):
+        quick(tmp_path, validation_iterations=0, early_stopping=EarlyStopping())
+
+
+def test_nan_in_an_image_is_named(tmp_path: Path) -> None:
+    bad = blob_cases(1)[0]
+    bad.image_czyx[0, :, :, :] = np.nan
+    with pytest.raises(CaseError, match="loss is nan in epoch 0, step 0"):
+        quick(tmp_path, cases_=[bad])
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no training case"):
+        quick(tmp_path, cases_=[])
+    with pytest.raises(InputError, match="seed is -1"):
+        quick(tmp_path, seed=-1)
+    with pytest.raises(InputError, match=r"training\.cases = 4, but the split has 3"):
+        quick(tmp_path, cases=4)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_every_loss_runs(name: str, tmp_path: Path) -> None:
+    assert math.isfinite(lines_after(tmp_path, loss=name)[-1]["train_loss"])
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.0}, {"precision": "bf16"}, {"cases": 1}])
+def test_every_other_setting_changes_the_weights(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert quick(tmp_path / "a", **changes).final_sha256 != quick(tmp_path / "b").final_sha256
+
+
+def test_batch_dice_follows_the_plan_unless_set(tmp_path: Path) -> None:
+    pooled = replace(SOLID, batch_dice=True)
+    auto, on, off = quick(tmp_path / "a", plan=pooled), quick(tmp_path / "b", batch_dice=True), quick(tmp_path / "c")
+    assert auto.final_sha256 == on.final_sha256 != off.final_sha256
+
+
+def test_without_deep_supervision(tmp_path: Path) -> None:
+    assert math.isfinite(lines_after(tmp_path, network=NetworkRecipe(deep_supervision=False))[-1]["train_loss"])
+
+
+def test_sgd_is_nesterov_and_the_thread_count_is_given_back(tmp_path: Path) -> None:
+    group = OPTIMIZERS["sgd"](iter([torch.nn.Parameter(torch.zeros(1))]), TrainingRecipe()).param_groups[0]
+    assert (group["nesterov"], group["momentum"], group["weight_decay"], group["lr"]) == (True, 0.99, 3e-5, 0.01)
+    before = torch.get_num_threads()
+    train(blob_cases(1), [], SOLID, NetworkRecipe(), QUICK.model_copy(update={"epochs": 1}), 0, tmp_path, threads=before + 1)
+    assert torch.get_num_threads() == before
+    assert set(OPTIMIZERS) == set(TrainingRecipe.model_fields["optimizer"].annotation.__args__)  # type: ignore[union-attr]
+
+
+def lines_after(out: Path, **changes: Any) -> list[dict[str, Any]]:
+    quick(out, **changes)
+    return lines(out)
