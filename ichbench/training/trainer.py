@@ -78,7 +78,7 @@ def train(
     """
     _check(cases, training, seed, validates=bool(validation_cases) and training.validation_iterations > 0)
     out.mkdir(parents=True, exist_ok=True)
-    with _threads(threads), (out / "log.jsonl").open("w", encoding="utf-8") as log:
+    with _threads(threads), (out / "log.jsonl").open("w", buffering=1, encoding="utf-8") as log:
         return _Run(cases, validation_cases, plan, network, training, seed, out, torch.device(device)).to_the_end(log.write, progress)
 
 
