@@ -67,7 +67,9 @@ def test_ids_do_not_depend_on_where_things_lie(cohort: Cohort) -> None:
 )
 def test_what_changes_a_result_changes_its_name(cohort: Cohort, changes: dict[str, object], kept: set[str]) -> None:
     before, after = graph(cohort), graph(cohort, **changes)  # type: ignore[arg-type]
-    trained = {step_id for result in before.results if result.train_step for step_id in (result.score_step, *before.needed_by(result.score_step))}
+    trained = {
+        step_id for result in before.results if result.train_step for step_id in (result.score_step, *before.needed_by(result.score_step))
+    }
     for step_id in trained:
         kind = before.steps[step_id].kind
         assert (step_id in after.steps) == (kind in kept), kind

@@ -12,7 +12,20 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ichbench"
 #: rooms from top to bottom; inside a room, files from top to bottom
 HOUSE: dict[str, tuple[str, ...]] = {
     "errors": (),
-    "cases": ("case", "files", "nifti", "images", "splits", "folders", "phantom_shapes", "phantom_bleeds", "phantom_draw", "phantom_render", "phantom", "cohort"),
+    "cases": (
+        "case",
+        "files",
+        "nifti",
+        "images",
+        "splits",
+        "folders",
+        "phantom_shapes",
+        "phantom_bleeds",
+        "phantom_draw",
+        "phantom_render",
+        "phantom",
+        "cohort",
+    ),
     "scoring": ("overlap", "surface", "protocol", "score"),
     "recipe": (),
     "prepare": ("window", "resize", "downsample", "slices", "crop", "normalize", "resample", "fingerprint", "plan", "pipeline", "store"),
@@ -69,4 +82,8 @@ def test_imports_point_up(name: str) -> None:
 def test_rooms_without_torch(room: str) -> None:
     for name, path in modules().items():
         if name.startswith(f"ichbench.{room}"):
-            assert "torch" not in {line.split()[1].split(".")[0] for line in path.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith(("import ", "from "))}, name
+            assert "torch" not in {
+                line.split()[1].split(".")[0]
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if line.lstrip().startswith(("import ", "from "))
+            }, name

@@ -24,7 +24,13 @@ def test_precedence_and_sources() -> None:
 
 def test_defaults() -> None:
     settings = settle({"device": "cpu"}, RunDefaults(), {})
-    assert (settings.study, settings.cohort, settings.preset, settings.seeds, settings.folds) == ("preprocessing", "phantom", "smoke", (0,), None)
+    assert (settings.study, settings.cohort, settings.preset, settings.seeds, settings.folds) == (
+        "preprocessing",
+        "phantom",
+        "smoke",
+        (0,),
+        None,
+    )
     assert str(settings.out).replace("\\", "/") == "runs/preprocessing-phantom-smoke"
     assert settings.threads == 1
     assert settings.workers >= 1

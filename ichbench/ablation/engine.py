@@ -115,10 +115,16 @@ def run_dag(dag: Dag, root: Path, device: str, threads: int, workers: int, show:
 
 def _child(folder: str) -> None:
     """Entry of a child process: ends with its parent, runs one step, exits with its code."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.exit(run_step(Path(folder)))
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(AGAIN)), daemon=True).start()
-    sys.exit(run_step(Path(folder)))
+        parent.join()
+        # the engine is gone (kill -9, say): its steps must not go on beside those of the next run
+        os._exit(AGAIN)
 
 
 def _context() -> Any:

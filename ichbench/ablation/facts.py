@@ -79,9 +79,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_run(
-    out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, finished: list[Result], about: dict[str, Any]
-) -> list[Score]:
+def write_run(out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, finished: list[Result], about: dict[str, Any]) -> list[Score]:
     """Write the facts of a run: scores.csv, cases.csv, recipes/, run.json, models/ and predictions/. Returns the rows."""
     from ichbench.scoring.score import write_scores
 
@@ -107,7 +105,9 @@ def write_run(
 def model_json(arm: Arm, cohort: Cohort) -> str:
     """What `ichbench predict` needs beside plan and weights: the recipe and what channels and labels mean."""
     table = {"arm": arm.name, "why": arm.why, "recipe": arm.recipe.model_dump(mode="json"), "labels": cohort.labels}
-    return json.dumps(table | {"channel_names": list(cohort.channel_names), "ichbench": version("ichbench")}, indent=1, sort_keys=True) + "\n"
+    return (
+        json.dumps(table | {"channel_names": list(cohort.channel_names), "ichbench": version("ichbench")}, indent=1, sort_keys=True) + "\n"
+    )
 
 
 def _link_files(source: Path, target: Path, only: tuple[str, ...] | None = None) -> None:
@@ -134,7 +134,9 @@ def _commit() -> str:
         return ""
     try:
         head = subprocess.run([git, "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([git, "-C", str(folder), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [git, "-C", str(folder), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
     return head + ("+" if changed.strip() else "")

@@ -46,7 +46,11 @@ def freeze_board(run: Path, folder: Path) -> list[Path]:
     if size > MAX_MASK_BYTES:
         raise InputError(f"the masks of {run} take {size} bytes, a committed board may hold {MAX_MASK_BYTES}; use fewer arms or cases")
     kept = {name: about[name] for name in ("study", "preset", "seeds", "folds", "protocol", "threads", "phantom", "arms")}
-    kept |= {"measured_with": about["versions"] | {"python": about["python"]}, "rerun_tolerances": RERUN_TOLERANCES, "base": about["arms"][0]}
+    kept |= {
+        "measured_with": about["versions"] | {"python": about["python"]},
+        "rerun_tolerances": RERUN_TOLERANCES,
+        "base": about["arms"][0],
+    }
     for old in ("masks", "recipes"):
         shutil.rmtree(folder / old, ignore_errors=True)
     shutil.copytree(run / "predictions", folder / "masks", ignore=lambda _, names: [name for name in names if not name.endswith(".nii.gz")])
@@ -65,7 +69,9 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
     about = _json(folder / "board.json")
     committed = read_scores(folder / "scores.csv")
     if about.get("phantom") != PHANTOM_COHORT:
-        raise InputError(f"{folder / 'board.json'} was made with the phantom {about.get('phantom')}, the embedded one is {PHANTOM_COHORT}; freeze it again")
+        raise InputError(
+            f"{folder / 'board.json'} was made with the phantom {about.get('phantom')}, the embedded one is {PHANTOM_COHORT}; freeze it again"
+        )
     study = make_study(about["study"], about["preset"])
     untrained = {arm.name for arm in study.arms if arm.recipe.inference.predictor in UNTRAINED}
     differences, compared = _stale_recipes(folder, study)
@@ -141,7 +147,9 @@ def _stale_recipes(folder: Path, study: Study) -> tuple[list[Difference], int]:
         for key, (was, value) in diff(now[name].recipe, old).items():
             found.append(Difference("text", f"recipes/{name}", str(was), str(value), f"{key} was {was}, is {value}"))
         if not found and json.loads(recipe_json(now[name])) != committed[name]:
-            found.append(Difference("text", f"recipes/{name}", committed[name].get("why"), now[name].why, "its reason or a default changed"))
+            found.append(
+                Difference("text", f"recipes/{name}", committed[name].get("why"), now[name].why, "its reason or a default changed")
+            )
     return found, len(committed)
 
 

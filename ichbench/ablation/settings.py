@@ -78,7 +78,17 @@ def settle(given: Mapping[str, str | None], study_defaults: RunDefaults, environ
     device = resolve_device(pick("device", None, "auto"))
     protocol = pick("protocol", None, "instance2022")
     return Settings(
-        study, cohort, out, preset, parse_seeds(seeds_text), None if folds == "by cohort" else folds, workers, device, threads, protocol, sources
+        study,
+        cohort,
+        out,
+        preset,
+        parse_seeds(seeds_text),
+        None if folds == "by cohort" else folds,
+        workers,
+        device,
+        threads,
+        protocol,
+        sources,
     )
 
 

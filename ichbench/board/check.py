@@ -35,9 +35,7 @@ class Difference:
     text: str
 
 
-def compare_scores(
-    committed: Iterable[Score], fresh: Iterable[Score], tolerances: Mapping[str, float] | None = None
-) -> list[Difference]:
+def compare_scores(committed: Iterable[Score], fresh: Iterable[Score], tolerances: Mapping[str, float] | None = None) -> list[Difference]:
     """Compare two sets of score rows, in any order; missing and extra rows are differences.
 
     Values must be equal bit for bit (nan equals nan, 0.0 is not -0.0), unless `tolerances` has the row's metric, or else its

@@ -172,9 +172,7 @@ class Cohort:
 def read_cohort(folder_or_csv: Path, reorient: bool = False) -> Cohort:
     """Read an nnU-Net raw folder, an INSTANCE folder or a `cohort.csv` (see `folders.describe`); no image is opened."""
     found: Description = describe(Path(folder_or_csv))
-    return Cohort(
-        found.name, found.root, found.channel_names, found.labels, found.ignore_label, found.label_map, found.records, reorient
-    )
+    return Cohort(found.name, found.root, found.channel_names, found.labels, found.ignore_label, found.label_map, found.records, reorient)
 
 
 def check_orientations(cohort: Cohort) -> None:

@@ -274,7 +274,7 @@ def _labels(path: Path, declared: object) -> tuple[dict[str, int], int | None]:
         raise InputError(f'{path}: "labels" is {declared!r}; it must be {{"background": 0, "name": 1, ...}}')
     for name, value in declared.items():
         if isinstance(value, (list, tuple)):
-            raise InputError(f'{path}: label {name!r} is the region {value}; regions are not supported yet: give every label one integer')
+            raise InputError(f"{path}: label {name!r} is the region {value}; regions are not supported yet: give every label one integer")
         if isinstance(value, bool) or not isinstance(value, int):
             raise InputError(f"{path}: label {name!r} is {value!r}; every label must be one integer")
     labels = {name: value for name, value in sorted(declared.items(), key=lambda item: item[1]) if name != "ignore"}

@@ -129,9 +129,7 @@ def reorient(volumes_zyx: list[NDArray[Any]], grid: Grid) -> tuple[list[NDArray[
     before = _permuted(grid.file_flips, order)
     file_flips = (before[0] != turned[0], before[1] != turned[1], before[2] != turned[2])
     file_axes = _permuted(grid.file_axes, order)
-    return volumes, replace(
-        grid, shape_zyx=shape, affine_4x4=affine, pixdim_zyx_mm=pixdim, file_axes=file_axes, file_flips=file_flips
-    )
+    return volumes, replace(grid, shape_zyx=shape, affine_4x4=affine, pixdim_zyx_mm=pixdim, file_axes=file_axes, file_flips=file_flips)
 
 
 def _permuted(values: tuple[T, T, T], order: tuple[int, ...]) -> tuple[T, T, T]:

@@ -24,7 +24,6 @@ Blocks = NDArray[np.float32]
 # ---- in plane
 
 
-
 def _max(blocks: Blocks, _: str) -> FloatArray:
     return np.asarray(blocks.max(axis=-1))
 
@@ -141,5 +140,3 @@ def _labels_at(labels_zyx: NDArray[np.int16], position: NDArray[np.float64]) -> 
         best[higher] = value
         height[higher] = indicator[higher]
     return best
-
-

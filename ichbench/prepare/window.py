@@ -52,9 +52,7 @@ def apply_window(
     return np.stack(channels)
 
 
-def apply_threshold(
-    image_czyx: NDArray[np.float32], threshold: Threshold, channel_names: Sequence[str] = ("CT",)
-) -> NDArray[np.float32]:
+def apply_threshold(image_czyx: NDArray[np.float32], threshold: Threshold, channel_names: Sequence[str] = ("CT",)) -> NDArray[np.float32]:
     """Clip each CT channel to [low_hu, high_hu]; other channels pass unchanged."""
     names = _checked(image_czyx, channel_names, "threshold")
     pairs = zip(names, image_czyx, strict=True)

@@ -290,9 +290,7 @@ class _Task(NamedTuple):
 
 
 def _run(task: _Task) -> list[Score]:
-    return score_files(
-        task.reference, task.prediction, task.protocol, arm=task.arm, fold=task.fold, seed=task.seed, labels=task.labels
-    )
+    return score_files(task.reference, task.prediction, task.protocol, arm=task.arm, fold=task.fold, seed=task.seed, labels=task.labels)
 
 
 def _formula(key: str) -> tuple[Callable[[Measured, float | None], float], float | None]:

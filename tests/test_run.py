@@ -1,0 +1,173 @@
+"""A whole study on six small phantoms with a network of a few channels: facts, resuming, folders, warnings, factorial and folds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ichbench.ablation.engine import Event
+from ichbench.ablation.run import Finished, plan_run, run_study
+from ichbench.ablation.settings import settle
+from ichbench.ablation.study import RunDefaults
+from ichbench.cases.cohort import read_cohort
+from ichbench.cases.images import read_labels
+from ichbench.errors import InputError
+from ichbench.inference.model import load_model, predict_path
+from ichbench.scoring.score import read_scores
+
+STUDY = 'why = "a small study"\n[factors]\nwindow = ["window_literal"]\ndims = ["unet25d"]\n'
+
+
+def run(
+    folder: Path, preset: Path, out: Path, study: str = STUDY, predictions: dict[str, Path] | None = None, **given: str
+) -> tuple[Finished, list[Event]]:
+    path = out.parent / "study.toml"
+    path.write_text(study)
+    settings = settle(
+        {"study": str(path), "cohort": str(folder), "out": str(out), "preset": str(preset), "device": "cpu"} | given, RunDefaults(), {}
+    )
+    events: list[Event] = []
+    return run_study(plan_run(settings, predictions or {}), events.append), events
+
+
+@pytest.fixture(scope="module")
+def finished(small_phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path, Path]:
+    from conftest import TINY
+
+    folder = tmp_path_factory.mktemp("study")
+    preset = folder / "tiny.toml"
+    preset.write_text(TINY)
+    theirs = folder / "theirs"
+    shutil.copytree(small_phantom / "labelsTs", theirs)
+    next(theirs.iterdir()).unlink()
+    done, _ = run(small_phantom, preset, folder / "out", predictions={"theirs": theirs})
+    return done, folder / "out", preset
+
+
+def test_every_arm_is_scored_on_every_test_case(finished: tuple[Finished, Path, Path], small_phantom: Path) -> None:
+    done, out, _ = finished
+    assert (done.failed, done.code) == ({}, 0)
+    rows = read_scores(out / "scores.csv")
+    arms = ["base", "ceiling_base", "ceiling_unet25d", "ceiling_window_literal", "floor_threshold", "theirs", "unet25d", "window_literal"]
+    assert sorted({row.arm for row in rows}) == arms
+    for arm in arms:
+        assert {row.case for row in rows if row.arm == arm} == set(read_cohort(small_phantom).test_ids)
+    trained = {(row.fold, row.seed) for row in rows if row.arm in ("base", "unet25d", "window_literal")}
+    untrained = {(row.fold, row.seed) for row in rows if row.arm not in ("base", "unet25d", "window_literal")}
+    assert (trained, untrained) == ({("full", "0")}, {("-", "-")})
+
+
+def test_a_missing_prediction_is_a_row(finished: tuple[Finished, Path, Path]) -> None:
+    rows = read_scores(finished[1] / "scores.csv")
+    missing = {row.case: row.value for row in rows if row.arm == "theirs" and row.metric == "missing"}
+    assert sorted(missing.values()) == [0.0, 1.0]
+    dice = {row.case: row.value for row in rows if row.arm == "theirs" and row.metric == "dice"}
+    assert [dice[case] == 1.0 for case in sorted(missing)] == [missing[case] == 0.0 for case in sorted(missing)]
+
+
+def test_the_facts_are_complete(finished: tuple[Finished, Path, Path], small_phantom: Path) -> None:
+    _, out, _ = finished
+    about = json.loads((out / "run.json").read_text())
+    cohort = read_cohort(small_phantom)
+    assert about["cohort_digest"] == cohort.digest()
+    assert {"versions", "python", "commit", "device", "threads", "seconds", "preset", "notes"} <= about.keys()
+    cases = list(csv.DictReader((out / "cases.csv").open()))
+    assert [line["case"] for line in cases] == list(cohort.test_ids)
+    assert all(float(line["spacing_z_mm"]) > 4 for line in cases)
+    assert sorted(path.stem for path in (out / "recipes").iterdir()) == sorted(about["arms"])
+    log = (out / "models/base-foldfull-seed0/log.jsonl").read_text().splitlines()
+    assert {"train_loss", "val_loss", "pseudo_dice", "moving_average", "learning_rate"} <= json.loads(log[0]).keys()
+
+
+def test_a_window_that_erases_everything_is_a_named_warning(finished: tuple[Finished, Path, Path]) -> None:
+    # the literal window keeps dense clots, so on the phantom it need not be constant; a window far away is
+    _, out, preset = finished
+    path = out.parent / "nothing.toml"
+    path.write_text('why = "air only"\n[prepare]\nwindow = { level_hu = -3000, width_hu = 10 }\n')
+    study = 'why = "x"\nfloor = false\nceilings = false\n[factors]\nwindow = ["nothing.toml"]\n'
+    cohort = Path(json.loads(next((out / "steps").glob("score-*/step.json")).read_text())["where"]["cohort"])
+    other, _ = run(cohort, preset, out.parent / "out2", study)
+    assert (other.failed, other.code) == ({}, 0)
+    assert any("ConstantImageWarning" in note for note in other.notes["nothing"])
+    rows = read_scores(out.parent / "out2/scores.csv")
+    assert all(np.isfinite(row.value) for row in rows if row.metric == "dice")
+
+
+def test_running_again_changes_nothing_and_computes_nothing(finished: tuple[Finished, Path, Path], small_phantom: Path) -> None:
+    _, out, preset = finished
+    before = {name: (out / name).read_bytes() for name in ("scores.csv", "cases.csv", "board.csv", "board.md")}
+    again, events = run(small_phantom, preset, out, predictions={"theirs": out.parent / "theirs"})
+    assert {event.kind for event in events} == {"found"}
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert again.code == 0
+
+
+def test_a_fresh_folder_gives_the_same_scores(finished: tuple[Finished, Path, Path], small_phantom: Path) -> None:
+    _, out, preset = finished
+    run(small_phantom, preset, out.parent / "fresh", predictions={"theirs": out.parent / "theirs"}, workers="1")
+    assert (out.parent / "fresh/scores.csv").read_bytes() == (out / "scores.csv").read_bytes()
+
+
+def test_it_resumes_at_the_last_finished_step(finished: tuple[Finished, Path, Path], small_phantom: Path) -> None:
+    _, out, preset = finished
+    half = out.parent / "half"
+    shutil.copytree(out, half)
+    for path in half.glob("steps/score-*/result.json"):
+        path.unlink()
+    _, events = run(small_phantom, preset, half, predictions={"theirs": out.parent / "theirs"})
+    assert {event.step.kind for event in events if event.kind == "ended" and event.step} == {"score"}
+    assert (half / "scores.csv").read_bytes() == (out / "scores.csv").read_bytes()
+
+
+def test_another_studys_folder_is_refused_and_left_alone(
+    finished: tuple[Finished, Path, Path], small_phantom: Path, tmp_path: Path
+) -> None:
+    _, out, preset = finished
+    before = (out / "scores.csv").read_bytes()
+    with pytest.raises(InputError, match="belongs to another study: its seeds is"):
+        run(small_phantom, preset, out, predictions={"theirs": out.parent / "theirs"}, seeds="1")
+    assert (out / "scores.csv").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="is not a study's folder"):
+        run(small_phantom, preset, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_predict_gives_the_mask_of_the_study(finished: tuple[Finished, Path, Path], small_phantom: Path, tmp_path: Path) -> None:
+    _, out, _ = finished
+    tools = load_model(out / "models/base-foldfull-seed0")
+    image = sorted((small_phantom / "imagesTs").iterdir())[0]
+    case = image.name.removesuffix("_0000.nii.gz")
+    (done,) = predict_path(tools, image, tmp_path / "mask.nii.gz")
+    labels, grid = read_labels(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(labels, read_labels(out / f"predictions/base-foldfull-seed0/{case}.nii.gz")[0])
+    assert done.volume_ml == pytest.approx(labels.astype(bool).sum() * grid.voxel_ml)
+    with pytest.raises(InputError, match="would overwrite"):
+        list(predict_path(tools, image, image))
+    with pytest.raises(InputError, match="not a model folder"):
+        load_model(tmp_path)
+
+
+def test_folds_score_every_training_case_once(small_phantom: Path, tmp_path: Path) -> None:
+    from conftest import TINY
+
+    folder = tmp_path / "cohort"
+    shutil.copytree(small_phantom, folder)
+    preset = tmp_path / "tiny.toml"
+    preset.write_text(TINY)
+    train = list(read_cohort(folder).train_ids)
+    splits = [{"train": train[2:], "val": train[:2]}, {"train": train[:2], "val": train[2:]}]
+    (folder / "splits_final.json").write_text(json.dumps(splits))
+    study = 'why = "x"\nceilings = false\n'
+    done, _ = run(folder, preset, tmp_path / "out", study, folds="0,1")
+    assert done.code == 0
+    rows = [row for row in read_scores(tmp_path / "out/scores.csv") if row.metric == "dice"]
+    assert sorted(row.case for row in rows if row.arm == "base") == sorted(train)
+    assert {(row.case, row.fold) for row in rows if row.arm == "base"} == {(case, str(k)) for k in (0, 1) for case in splits[k]["val"]}
+    assert sorted(row.case for row in rows if row.arm == "floor_threshold") == sorted(train)
