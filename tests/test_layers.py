@@ -26,7 +26,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "phantom",
         "cohort",
     ),
-    "scoring": ("overlap", "surface", "protocol", "score"),
+    "scoring": ("overlap", "surface", "protocol", "score", "probes"),
     "recipe": (),
     "prepare": ("window", "resize", "downsample", "slices", "crop", "normalize", "resample", "fingerprint", "plan", "pipeline", "store"),
     "network": ("norm", "unet", "losses", "weights"),

@@ -21,6 +21,9 @@ from typing import Any
 from ichbench.ablation.dag import Dag, Step
 from ichbench.ablation.step import AGAIN, DONE, last_message, result_of, run_step, write_step
 
+#: glibc gives large blocks back to the system after every use and takes them again, 10 % of a training step and a third of a
+#: prediction on a CPU; these settings keep them
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 #: rough seconds per kind before anything is measured; only the ETA of the first steps depends on it
 FIRST_GUESS_S = {"prepare": 5.0, "train": 30.0, "predict": 5.0, "score": 2.0}
 RETRIES = 1
@@ -56,6 +59,8 @@ def run_dag(dag: Dag, root: Path, device: str, threads: int, workers: int, show:
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)
+    for name, value in MALLOC.items():
+        os.environ.setdefault(name, value)
     context = _context()
     folders = {step_id: write_step(root, step, device, threads) for step_id, step in dag.steps.items()}
     done = {step_id for step_id, folder in folders.items() if result_of(folder) is not None}
@@ -82,7 +87,12 @@ def run_dag(dag: Dag, root: Path, device: str, threads: int, workers: int, show:
                     clock.began(step_id)
                     show(clock.event("began", step, ()))
             ready = wait([process.sentinel for process in running], timeout=0.5)
-            names = tuple(dag.steps[step_id].label + _share_done(folders[step_id]) for step_id in running.values())
+            shares = {step_id: share for step_id in running.values() if (share := _epochs_done(folders[step_id])) is not None}
+            clock.shares = {step_id: done_epochs / epochs for step_id, (done_epochs, epochs) in shares.items()}
+            names = tuple(
+                dag.steps[step_id].label + (" ({}/{} epochs)".format(*shares[step_id]) if step_id in shares else "")
+                for step_id in running.values()
+            )
             if not ready:
                 show(clock.event("tick", None, names))
             for process in [process for process in running if process.sentinel in ready]:
@@ -150,14 +160,14 @@ def _gpu_taken(step: Step, dag: Dag, device: str, running: dict[Any, str]) -> bo
     return uses_gpu and any(dag.steps[name].kind in ("train", "predict") for name in running.values())
 
 
-def _share_done(folder: Path) -> str:
-    """How far a training step is, from its log; empty for other steps."""
-    logs = sorted(folder.glob("attempts/*/output/log.jsonl"))
+def _epochs_done(folder: Path) -> tuple[int, int] | None:
+    """(epochs done, epochs in all) of a training step at work, from its log; None for other steps and at the very start."""
+    logs = sorted(folder.glob("attempts/*/output/log.jsonl"), key=lambda path: int(path.parent.parent.name))
     if not logs:
-        return ""
-    lines = logs[-1].read_text(encoding="utf-8").splitlines()
-    epochs = json.loads((folder / "step.json").read_text(encoding="utf-8"))["spec"]["training"]["epochs"]
-    return f" {len(lines)}/{epochs} epochs"
+        return None
+    with logs[-1].open(encoding="utf-8") as stream:
+        done = sum(1 for _ in stream)
+    return done, int(json.loads((folder / "step.json").read_text(encoding="utf-8"))["spec"]["training"]["epochs"])
 
 
 class _Clock:
@@ -169,6 +179,8 @@ class _Clock:
         self.total = len(dag.steps)
         self.since: dict[str, float] = {}
         self.taken: dict[str, list[float]] = {}
+        #: how far running steps are that can tell
+        self.shares: dict[str, float] = {}
         self.workers_seen = 1
 
     def began(self, name: str) -> None:
@@ -183,9 +195,10 @@ class _Clock:
             self.left.pop(step.id, None)
             self.since.pop(step.id, None)
         now = time.monotonic()
+        foreseen = {name: (now - self.since[name]) / share for name, share in self.shares.items() if share > 0 and name in self.since}
         to_go = 0.0
         for name, what in self.left.items():
-            taken = self.taken.get(what)
-            guess = sum(taken) / len(taken) if taken else FIRST_GUESS_S[what]
+            known = [*self.taken.get(what, []), *(seconds for other, seconds in foreseen.items() if self.left.get(other) == what)]
+            guess = foreseen.get(name, sum(known) / len(known) if known else FIRST_GUESS_S[what])
             to_go += max(guess - (now - self.since[name]), 0.5) if name in self.since else guess
         return Event(kind, step, self.total - len(self.left), self.total, now - self.start, to_go / self.workers_seen, running, message)

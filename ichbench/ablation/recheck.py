@@ -1,4 +1,4 @@
-"""Measures a committed board afresh: the phantom, the scores of the committed masks, the untrained arms, the board itself.
+"""Measures a committed board afresh: recipes, scorer probes, phantom, scores of the committed masks, untrained arms, the board itself.
 
 What is not learned must come out equal bit for bit. `--rerun` also trains again and compares the arms' means within
 the tolerance that the board states.
@@ -28,6 +28,7 @@ from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_labels
 from ichbench.errors import CaseError, InputError
 from ichbench.recipe import Recipe, diff
+from ichbench.scoring.probes import probe_rows
 from ichbench.scoring.score import Score, read_scores, rows_for_case, write_scores
 
 #: Largest accepted change of an arm's mean when it is trained again on another machine (measured: README of the board).
@@ -56,12 +57,13 @@ def freeze_board(run: Path, folder: Path) -> list[Path]:
     shutil.copytree(run / "predictions", folder / "masks", ignore=lambda _, names: [name for name in names if not name.endswith(".nii.gz")])
     shutil.copytree(run / "recipes", folder / "recipes")
     write_scores(folder / "scores.csv", rows)
+    write_scores(folder / "probes.csv", probe_rows())
     write_atomically(folder / "cases.csv", (run / "cases.csv").read_bytes())
     write_atomically(folder / "board.json", (json.dumps(kept, indent=1, sort_keys=True) + "\n").encode())
     table, page = _board_files(rows, kept)
     write_atomically(folder / "board.csv", table.encode())
     write_atomically(folder / "README.md", page.encode())
-    return [folder / name for name in ("scores.csv", "cases.csv", "board.json", "board.csv", "README.md", "recipes", "masks")]
+    return [folder / name for name in ("scores.csv", "probes.csv", "cases.csv", "board.json", "board.csv", "README.md", "recipes", "masks")]
 
 
 def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
@@ -75,6 +77,9 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
     study = make_study(about["study"], about["preset"])
     untrained = {arm.name for arm in study.arms if arm.recipe.inference.predictor in UNTRAINED}
     differences, compared = _stale_recipes(folder, study)
+    probes = probe_rows()
+    differences += compare_scores(read_scores(folder / "probes.csv"), probes)
+    compared += len(probes)
     with tempfile.TemporaryDirectory(prefix="ichbench-check-") as scratch:
         cohort = phantom_cohort(Path(scratch) / "cohort")
         digests = {line["case"]: line["digest"] for line in csv.DictReader((folder / "cases.csv").read_text(encoding="utf-8").splitlines())}

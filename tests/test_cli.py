@@ -1,0 +1,225 @@
+"""The commands as a user meets them: messages, exit codes, nothing overwritten, and a quick --help."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from ichbench.scoring.score import read_scores
+
+CLI = [sys.executable, "-c", "from ichbench.cli import main; main()"]
+RUN = [sys.executable, "-c", "from ichbench.cli import run_ablation_main; run_ablation_main()"]
+
+
+def call(*arguments: object, command: list[str] = CLI, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ICHBENCH_")} | environment
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, env=env)
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The error message: exit 2, one line, no traceback."""
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    program = "import sys\nfrom ichbench.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+    program += "print(sorted(set(sys.modules) & {'torch', 'pandas', 'numpy', 'scipy', 'nibabel', 'pydantic'}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_scoring_and_boards_do_without_torch(tmp_path: Path, small_phantom: Path) -> None:
+    program = (
+        "import sys\nsys.modules['torch'] = None\nfrom ichbench.cli import app\n"
+        f"app(['score', {str(small_phantom / 'labelsTs')!r}, {str(small_phantom / 'labelsTs')!r}, '--out', {str(tmp_path / 's.csv')!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {row.value for row in read_scores(tmp_path / "s.csv") if row.metric == "dice"} == {1.0}
+
+
+def test_score_of_two_files_prints_the_official_numbers(tmp_path: Path) -> None:
+    # facts, F: a 4x4x2 box shifted by one voxel in x at 0.45 x 0.45 x 5 mm
+    reference, predicted = np.zeros((20, 20, 8), np.uint8), np.zeros((20, 20, 8), np.uint8)
+    reference[5:9, 5:9, 2:4] = 1
+    predicted[6:10, 5:9, 2:4] = 1
+    for name, mask in (("reference", reference), ("predicted", predicted)):
+        nibabel.Nifti1Image(mask, np.diag([0.45, 0.45, 5, 1])).to_filename(tmp_path / f"{name}.nii.gz")
+    done = call("score", tmp_path / "reference.nii.gz", tmp_path / "predicted.nii.gz", "--out", tmp_path / "scores.csv")
+    assert done.returncode == 0, done.stderr
+    values = {row.metric: row.value for row in read_scores(tmp_path / "scores.csv")}
+    assert values["dice"] == pytest.approx(0.75, abs=1e-6)
+    assert values["nsd"] == pytest.approx(0.62777, abs=1e-5)
+    assert values["hd"] == pytest.approx(0.45, abs=1e-6)
+    assert "0.6278" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cohort", "absent"], "absent"),
+        (["nosuchstudy"], "there is no study 'nosuchstudy'"),
+        (["--preset", "huge"], "--preset 'huge' is not known"),
+        (["--seeds", "x"], "--seeds 'x' is not understood"),
+        (["--predictions", "theirs"], "give NAME=DIR"),
+        (["--device", "cuda"], "sees no CUDA device"),
+    ],
+)
+def test_bad_arguments_of_run_ablation(tmp_path: Path, arguments: list[str], said: str) -> None:
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    out = tmp_path / "out"
+    assert said in one_line(call(*arguments, "--out", out, command=RUN))
+    assert not (out / "study.json").exists()
+
+
+def spoil(cohort: Path, kind: str) -> None:
+    image = sorted((cohort / "imagesTr").iterdir())[0]
+    label = sorted((cohort / "labelsTr").iterdir())[0]
+    loaded = nibabel.load(image)
+    data, affine = np.asanyarray(loaded.dataobj), loaded.affine
+    match kind:
+        case "image without mask":
+            label.unlink()
+        case "mask without image":
+            image.unlink()
+        case "truncated":
+            image.write_bytes(image.read_bytes()[:3000])
+        case "not NIfTI":
+            image.write_bytes(gzip.compress(b"hello" * 200))
+        case "2D":
+            nibabel.Nifti1Image(data[..., 0], affine).to_filename(image)
+        case "4D":
+            nibabel.Nifti1Image(np.stack([data, data], -1), affine).to_filename(image)
+        case "NaN":
+            holed = data.astype(np.float32)
+            holed[3, 3, 3] = np.nan
+            nibabel.Nifti1Image(holed, affine).to_filename(image)
+        case "shape":
+            nibabel.Nifti1Image(data[:-1], affine).to_filename(image)
+        case "spacing":
+            nibabel.Nifti1Image(data, affine @ np.diag([2, 1, 1, 1])).to_filename(image)
+        case "undeclared label":
+            mask = np.asanyarray(nibabel.load(label).dataobj).copy()
+            mask[0, 0, 0] = 7
+            nibabel.Nifti1Image(mask, nibabel.load(label).affine).to_filename(label)
+        case "empty cohort":
+            for folder in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+                shutil.rmtree(cohort / folder)
+                (cohort / folder).mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("image without mask", "phantom_000"),
+        ("mask without image", "phantom_000"),
+        ("truncated", "phantom_000_0000.nii.gz"),
+        ("not NIfTI", "phantom_000_0000.nii.gz"),
+        ("2D", "2 dimensions"),
+        ("4D", "4 dimensions"),
+        ("NaN", "NaN"),
+        ("shape", "differ in shape"),
+        ("spacing", "differ in spacing"),
+        ("undeclared label", "[7]"),
+        ("empty cohort", ""),
+    ],
+)
+def test_bad_cohorts_get_one_clear_message(small_phantom: Path, tmp_path: Path, kind: str, said: str) -> None:
+    cohort = tmp_path / "cohort"
+    shutil.copytree(small_phantom, cohort)
+    spoil(cohort, kind)
+    before = {path.name: path.stat().st_mtime_ns for path in cohort.rglob("*")}
+    message = one_line(call("--cohort", cohort, "--out", tmp_path / "out", command=RUN))
+    assert said in message
+    assert not (tmp_path / "out" / "study.json").exists()
+    assert {path.name: path.stat().st_mtime_ns for path in cohort.rglob("*")} == before
+
+
+def test_dry_run_says_where_each_value_came_from_and_computes_nothing(small_phantom: Path, tmp_path: Path) -> None:
+    done = call("--cohort", small_phantom, "--out", tmp_path / "out", "--dry-run", command=RUN, ICHBENCH_SEEDS="0,1,2")
+    assert done.returncode == 0, done.stderr
+    assert "0,1,2   (ICHBENCH_SEEDS)" in done.stdout
+    assert "smoke   (default)" in done.stdout
+    assert "86 steps: 7 prepare, 21 train, 29 predict, 29 score" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_key_in_ones_own_arm_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('why = "a typo"\n[training]\nlosss = "ce"\n')
+    (tmp_path / "study.toml").write_text('why = "x"\n[factors]\nloss = ["mine.toml"]\n')
+    message = one_line(call(tmp_path / "study.toml", "--out", tmp_path / "out", command=RUN))
+    assert "mine.toml: unknown key 'training.losss'; did you mean 'loss'?" in message
+
+
+def test_phantom_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    assert str(tmp_path) in one_line(call("phantom", tmp_path, "--cases", 1))
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+    assert "huge" in one_line(call("phantom", tmp_path / "new", "--size", "huge"))
+
+
+def test_validate_lists_every_problem(small_phantom: Path, tmp_path: Path) -> None:
+    assert "0 problems" in call("validate", small_phantom).stdout
+    cohort = tmp_path / "cohort"
+    shutil.copytree(small_phantom, cohort)
+    spoil(cohort, "undeclared label")
+    done = call("validate", cohort)
+    assert done.returncode == 2
+    assert "1 problems" in done.stdout
+    assert "[7]" in done.stdout
+
+
+def test_an_interrupted_study_goes_on(small_phantom: Path, tiny_preset: Path, tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text('why = "x"\nceilings = false\n')
+    command = [
+        *RUN,
+        str(tmp_path / "study.toml"),
+        "--cohort",
+        str(small_phantom),
+        "--preset",
+        str(tiny_preset),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("steps/prepare-*/result.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+    finished = {path.parent.name for path in (tmp_path / "out").glob("steps/*/result.json")}
+    assert finished
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(finished)} of 6 steps were finished before" in done.stdout
+    about = json.loads((tmp_path / "out/run.json").read_text())
+    assert about["failed"] == {}
+
+
+def test_boards_are_rebuilt_byte_for_byte(small_phantom: Path, tmp_path: Path) -> None:
+    call("score", small_phantom / "labelsTs", small_phantom / "labelsTs", "--out", tmp_path / "scores.csv")
+    for name in ("one", "two"):
+        done = call("board", tmp_path / "scores.csv", "--out", tmp_path / name, "--base", "none")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "one/board.csv").read_bytes() == (tmp_path / "two/board.csv").read_bytes()

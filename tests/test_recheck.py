@@ -1,0 +1,78 @@
+"""The committed phantom board: it checks out, and one changed line of scorer, phantom or threshold arm makes the check fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from ichbench.ablation.recheck import MAX_MASK_BYTES, freeze_board
+from ichbench.errors import InputError
+from ichbench.scoring.score import read_scores
+
+BOARD = ROOT / "leaderboard" / "phantom"
+CHECK = [sys.executable, "-c", "from ichbench.cli import main; main()", "check", str(BOARD)]
+
+#: file, line as it is, line as a careless change leaves it
+MUTATIONS = {
+    "surface: tolerance no longer inclusive": ("scoring/surface.py", 'tolerance_mm, side="right"', 'tolerance_mm, side="left"'),
+    "overlap: another smoothing": ("scoring/protocol.py", "dice_smooth=1e-5", "dice_smooth=1e-3"),
+    "overlap: volume difference relative to the prediction": (
+        "scoring/overlap.py",
+        "_ratio(counts.predicted - counts.reference, counts.reference)",
+        "_ratio(counts.predicted - counts.reference, counts.predicted)",
+    ),
+    "phantom: a little more noise": ("cases/phantom_render.py", "head.noise_hu * (0.8 ", "head.noise_hu * (0.81 "),
+    "threshold arm: lower end raised": ("inference/predictors.py", "case.image_czyx[0] >= low", "case.image_czyx[0] >= low + 1"),
+}
+
+
+def test_the_committed_board_is_complete() -> None:
+    rows = read_scores(BOARD / "scores.csv")
+    arms = {row.arm for row in rows}
+    assert {"base", "window_swapped", "window_literal", "downsample", "slice_extension", "unet2d", "unet25d", "floor_threshold"} <= arms
+    means = {arm: sum(values) / len(values) for arm in arms if (values := [r.value for r in rows if r.arm == arm and r.metric == "dice"])}
+    # a reference that learnt nothing would check nothing
+    assert means["floor_threshold"] < 0.5
+    assert means["base"] > means["floor_threshold"] + 0.1
+    assert sum(path.stat().st_size for path in (BOARD / "masks").rglob("*.nii.gz")) < MAX_MASK_BYTES
+
+
+@pytest.mark.slow
+def test_check_passes_on_the_committed_board() -> None:
+    done = subprocess.run(CHECK, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("check passed: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(MUTATIONS))
+def test_check_fails_after_a_one_line_change(name: str, tmp_path: Path) -> None:
+    file, old, new = MUTATIONS[name]
+    shutil.copytree(ROOT / "ichbench", tmp_path / "ichbench")
+    shutil.copytree(ROOT / "baselines", tmp_path / "baselines")
+    path = tmp_path / "ichbench" / file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) >= 1, f"{file} no longer holds {old!r}; choose another line to change"
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    # the changed copy must be the one that is imported, not the installed one
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(CHECK, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "check FAILED" in done.stdout
+    assert "kind" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_only_a_finished_phantom_run_can_be_frozen(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read"):
+        freeze_board(tmp_path, tmp_path / "board")
+    (tmp_path / "run.json").write_text('{"cohort": "patients", "failed": {}}')
+    with pytest.raises(InputError, match="not a finished run on the embedded phantom"):
+        freeze_board(tmp_path, tmp_path / "board")
+    assert not (tmp_path / "board").exists()
