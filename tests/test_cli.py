@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import pytest
 
 from ichbench.scoring.score import read_scores
 
-CLI = [sys.executable, "-c", "from ichbench.cli import main; main()"]
-RUN = [sys.executable, "-c", "from ichbench.cli import run_ablation_main; run_ablation_main()"]
+CLI = [sys.executable, "-P", "-c", "from ichbench.cli import main; main()"]
+RUN = [sys.executable, "-P", "-c", "from ichbench.cli import run_ablation_main; run_ablation_main()"]
 
 
 def call(*arguments: object, command: list[str] = CLI, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -223,3 +224,17 @@ def test_boards_are_rebuilt_byte_for_byte(small_phantom: Path, tmp_path: Path) -
         done = call("board", tmp_path / "scores.csv", "--out", tmp_path / name, "--base", "none")
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "one/board.csv").read_bytes() == (tmp_path / "two/board.csv").read_bytes()
+
+
+def test_the_installed_wheel_works_in_an_empty_folder(tmp_path: Path, small_phantom: Path) -> None:
+    script = Path(sysconfig.get_path("scripts")) / "run-ablation"
+    program = "import ichbench, pathlib; print(pathlib.Path(ichbench.__file__).parent)"
+    package = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path).stdout.strip()
+    if not script.exists() or not (Path(package) / "baselines").is_dir():
+        pytest.skip("ichbench is not installed as a wheel here; tox installs it so")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ICHBENCH_", "PYTHONPATH"))}
+    command = [str(script), "phe", "--dry-run", "--cohort", str(small_phantom)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "window_literal: changes prepare.window" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from ichbench.ablation.dag import Dag, Result, make_dag
 from ichbench.ablation.engine import Event, _most_urgent_first, run_dag
 from ichbench.ablation.step import result_of

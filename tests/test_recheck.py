@@ -16,7 +16,7 @@ from ichbench.errors import InputError
 from ichbench.scoring.score import read_scores
 
 BOARD = ROOT / "leaderboard" / "phantom"
-CHECK = [sys.executable, "-c", "from ichbench.cli import main; main()", "check", str(BOARD)]
+CHECK = [sys.executable, "-P", "-c", "from ichbench.cli import main; main()", "check", str(BOARD)]
 
 #: file, line as it is, line as a careless change leaves it
 MUTATIONS = {

@@ -141,6 +141,8 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
+    # the server must import the package that runs here, not one that happens to lie in the current folder
+    os.environ["PYTHONSAFEPATH"] = "1"
     context.set_forkserver_preload(["ichbench.ablation.preload"])
     return context
 

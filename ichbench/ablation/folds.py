@@ -53,7 +53,8 @@ def make_part(cohort: Cohort, fold: str) -> Part:
         evaluate = labelled_test_ids(cohort)
         if not evaluate:
             raise InputError(
-                f"cohort {cohort.name} has no labelled test cases (imagesTs with labelsTs), so --folds full has nothing to score; use --folds cv"
+                f"cohort {cohort.name} has no labelled test cases (imagesTs with labelsTs), so --folds full has nothing to score; "
+                "use --folds cv"
             )
         return Part(train, train, evaluate)
     path = cohort.root / "splits_final.json"

@@ -72,7 +72,8 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
     committed = read_scores(folder / "scores.csv")
     if about.get("phantom") != PHANTOM_COHORT:
         raise InputError(
-            f"{folder / 'board.json'} was made with the phantom {about.get('phantom')}, the embedded one is {PHANTOM_COHORT}; freeze it again"
+            f"{folder / 'board.json'} was made with the phantom {about.get('phantom')}, the embedded one is {PHANTOM_COHORT}; "
+            "freeze it again"
         )
     study = make_study(about["study"], about["preset"])
     untrained = {arm.name for arm in study.arms if arm.recipe.inference.predictor in UNTRAINED}
@@ -165,7 +166,8 @@ def _board_files(rows: Iterable[Score], about: dict[str, Any]) -> tuple[str, str
     heading = (
         f"# {about['study']} on the phantom\n\n"
         f"Generated, do not edit. The shipped study `{about['study']}`, preset `{about['preset']}`, seeds {about['seeds']}, protocol "
-        f"`{about['protocol']}`, on {phantom['n_test']} test cases of the embedded phantom ({phantom['n_cases'] - phantom['n_test']} for training).\n"
+        f"`{about['protocol']}`, on {phantom['n_test']} test cases of the embedded phantom ({phantom['n_cases'] - phantom['n_test']} "
+        "for training).\n"
         "A synthetic head proves that the machinery works; it says nothing about patients.\n\n"
         "Check: `ichbench check leaderboard/phantom`. Rewrite: `run-ablation --out RUN` and `ichbench freeze RUN leaderboard/phantom`.\n\n"
     )

@@ -146,8 +146,9 @@ def claim(planned: Planned) -> None:
             raise InputError(f"{path} is damaged ({error}); give another --out") from None
         different = [name for name in identity if found.get(name) != json.loads(json.dumps(identity[name]))]
         if different:
+            changes = "; ".join(_change(name, found.get(name), identity[name]) for name in different)
             raise InputError(
-                f"--out {settings.out} belongs to another study: {'; '.join(_change(name, found.get(name), identity[name]) for name in different)}. "
+                f"--out {settings.out} belongs to another study: {changes}. "
                 "Nothing was changed; give a new --out, or the settings that the folder was made with"
             )
     write_atomically(path, json.dumps(identity, indent=1, sort_keys=True).encode())
