@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from ichbench.board.summary import (
     listed,
     summarise_table,
 )
+from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
 from ichbench.scoring.protocol import METRICS, split_metric
 
@@ -91,8 +90,8 @@ def write_board(board: Board, out_dir: Path) -> tuple[Path, Path]:
     """Write board.csv and board.md into `out_dir` (made if missing) and return both paths; no half-written file is ever seen."""
     out_dir.mkdir(parents=True, exist_ok=True)
     csv_path, markdown_path = out_dir / "board.csv", out_dir / "board.md"
-    _write_atomically(csv_path, board_csv(board.summaries, board.effects))
-    _write_atomically(markdown_path, board_markdown(board))
+    write_atomically(csv_path, board_csv(board.summaries, board.effects).encode())
+    write_atomically(markdown_path, board_markdown(board).encode())
     return csv_path, markdown_path
 
 
@@ -290,17 +289,3 @@ def _rendered(table: Table, width: int) -> str:
     out = io.StringIO()
     Console(file=out, width=width, color_system=None, force_terminal=False, force_jupyter=False, legacy_windows=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n\n"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp makes private files; a board is for everyone who may read its folder
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -46,7 +46,7 @@ def load_weights(network: nn.Module, path: Path) -> dict[str, Any]:
     if wrong:
         more = f" and {len(wrong) - 1} more names" if wrong[1:] else ""
         raise InputError(f"{path}: these weights belong to another network: {wrong[0]!r}{more} do not match the plan")
-    for name, value in tensors.items():
+    for name, value in sorted(tensors.items()):
         if value.shape != own[name].shape:
             raise InputError(f"{path}: {name} has shape {tuple(value.shape)}, but the plan's network has {tuple(own[name].shape)}")
     network.load_state_dict(tensors)
