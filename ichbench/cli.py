@@ -57,8 +57,8 @@ def run_ablation(
     from ichbench.progress import Progress
 
     typer.echo(f"study {settings.study}, cohort {settings.cohort}, preset {settings.preset}, seeds {','.join(map(str, settings.seeds))}")
-    planned = plan_run(settings, folders)
     try:
+        planned = plan_run(settings, folders)
         with Progress(planned.dag) as progress:
             finished = run_study(planned, progress.show)
     except KeyboardInterrupt:
@@ -136,19 +136,20 @@ def score(
     prediction: Annotated[Path, typer.Argument(help="predicted mask, or folder with files of the same names")],
     protocol: Annotated[str, typer.Option(help="instance2022 or strict")] = "instance2022",
     out: Annotated[Path | None, typer.Option(help="write scores.csv here")] = None,
+    each_label: Annotated[bool, typer.Option("--labels", help="also score every label by itself")] = False,
     workers: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
-    """Score masks against references, case by case, by the official rules."""
-    from ichbench.scoring.score import score_files, score_folder, write_scores
+    """Score masks against references, case by case, by the official rules. All labels above 0 count as one foreground."""
+    from ichbench.scoring.score import labels_present, score_files, score_folder, write_scores
 
     if not reference.exists():
         raise InputError(f"{reference} does not exist; give a reference mask or a folder of them")
     if reference.is_dir():
         if not prediction.is_dir():
             raise InputError(f"{reference} is a folder, but {prediction} is not; give two folders or two files")
-        rows = score_folder(reference, prediction, protocol, workers=workers)
+        rows = score_folder(reference, prediction, protocol, workers=workers, labels=labels_present(reference) if each_label else None)
     else:
-        rows = score_files(reference, prediction, protocol)
+        rows = score_files(reference, prediction, protocol, labels=labels_present(reference) if each_label else None)
     _print_rows(rows)
     if out is not None:
         write_scores(out, rows)
@@ -183,8 +184,7 @@ def predict(
     from ichbench.ablation.settings import resolve_device
     from ichbench.inference.model import load_model, predict_path
 
-    tools = load_model(model, resolve_device(device))
-    for done in predict_path(tools, image, out):
+    for done in predict_path(load_model(model, resolve_device(device)), image, out):
         typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
 
 
@@ -192,14 +192,20 @@ def predict(
 def board(
     scores: Annotated[list[Path], typer.Argument(help="one or more scores.csv, or folders that hold one")],
     out: Annotated[Path | None, typer.Option(help="write board.csv and board.md here")] = None,
-    base: Annotated[str, typer.Option(help="arm that the others are compared with; none for no comparison")] = "base",
+    base: Annotated[
+        str | None, typer.Option(help="arm that the others are compared with (default: base, if there is one); or none")
+    ] = None,
 ) -> None:
     """Make a board from score rows."""
     from ichbench.board.render import board_text, build_board, write_board
     from ichbench.scoring.score import read_scores
 
     rows = [row for path in scores for row in read_scores(path / "scores.csv" if path.is_dir() else path)]
-    made = build_board(rows, base=base if base != "none" and any(row.arm == base for row in rows) else None)
+    arms = sorted({row.arm for row in rows})
+    if base not in (None, "none", *arms):
+        raise InputError(f"--base {base!r} is not among the arms {', '.join(arms)}; give one of them, or none")
+    chosen = base or ("base" if "base" in arms else "none")
+    made = build_board(rows, base=None if chosen == "none" else chosen)
     typer.echo(board_text(made))
     if out is not None:
         typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in write_board(made, out)))
@@ -274,6 +280,10 @@ def _guarded(command: typer.Typer) -> None:
     except CaseError as error:
         typer.echo(f"failed: {error}", err=True)
         sys.exit(1)
+    except OSError as error:
+        # a path that cannot be written or read; what the user can do is in the system's own words
+        typer.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,14 @@ class AugmentRecipe(Strict):
     gamma_inverted_probability: Probability = 0.1
     gamma: tuple[Positive, Positive] = (0.7, 1.5)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentRecipe:
+        for name in ("scaling", "noise_sd", "gamma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} runs from {low} to {high}; write the smaller number first")
+        return self
+
 
 class EarlyStopping(Strict):
     """Stop when the moving average of the pseudo-Dice has not risen for `patience` epochs."""
@@ -151,7 +159,7 @@ class EarlyStopping(Strict):
 class TrainingRecipe(Strict):
     """Optimisation, sampling and augmentation."""
 
-    #: how many training cases are used; a number takes the first of a seeded shuffle
+    #: how many training cases are used; a number takes at most so many, the first of a seeded shuffle
     cases: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     epochs: Annotated[int, Field(ge=1)] = 1000
     iterations_per_epoch: Annotated[int, Field(ge=1)] = 250
@@ -178,6 +186,12 @@ class ThresholdRecipe(Strict):
 
     low_hu: Literal["fit"] | Finite = "fit"
     high_hu: Literal["fit"] | Finite = "fit"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ThresholdRecipe:
+        if self.low_hu != "fit" and self.high_hu != "fit" and self.low_hu >= self.high_hu:
+            raise ValueError(f"low_hu ({self.low_hu}) must lie below high_hu ({self.high_hu})")
+        return self
 
 
 class InferenceRecipe(Strict):

@@ -238,3 +238,34 @@ def test_the_installed_wheel_works_in_an_empty_folder(tmp_path: Path, small_phan
     assert done.returncode == 0, done.stderr
     assert "window_literal: changes prepare.window" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_predictions_under_other_names_are_refused(small_phantom: Path) -> None:
+    message = one_line(call("score", small_phantom / "labelsTs", small_phantom / "labelsTr"))
+    assert "holds no prediction for any of the 2 references" in message
+
+
+def test_labels_are_scored_one_by_one_when_asked(tmp_path: Path) -> None:
+    mask = np.zeros((12, 12, 6), np.uint8)
+    mask[2:5, 2:9, 2:4], mask[6:9, 2:9, 2:4] = 1, 2
+    swapped = np.where(mask == 1, 2, np.where(mask == 2, 1, 0)).astype(np.uint8)
+    for name, array in (("reference", mask), ("swapped", swapped)):
+        nibabel.Nifti1Image(array, np.diag([0.5, 0.5, 5, 1])).to_filename(tmp_path / f"{name}.nii.gz")
+    done = call(
+        "score", tmp_path / "reference.nii.gz", tmp_path / "swapped.nii.gz", "--labels", "--protocol", "strict", "--out", tmp_path / "s.csv"
+    )
+    assert done.returncode == 0, done.stderr
+    values = {row.metric: row.value for row in read_scores(tmp_path / "s.csv")}
+    assert (values["dice"], values["dice/1"], values["dice/2"]) == (1.0, 0.0, 0.0)
+
+
+def test_paths_that_cannot_be_written_get_one_message(small_phantom: Path, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("precious")
+    labels = small_phantom / "labelsTs"
+    one_line(call("score", labels, labels, "--out", tmp_path))
+    one_line(call("phantom", tmp_path / "file.txt" / "x", "--cases", 1))
+    one_line(call("--cohort", small_phantom, "--out", tmp_path / "file.txt" / "x", command=RUN))
+    call("score", labels, labels, "--out", tmp_path / "s.csv")
+    one_line(call("board", tmp_path / "s.csv", "--out", tmp_path / "file.txt"))
+    assert "is not among the arms labelsTs" in one_line(call("board", tmp_path / "s.csv", "--base", "bsae"))
+    assert (tmp_path / "file.txt").read_text() == "precious"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,3 +123,25 @@ def test_folder_arms_need_their_folder(cohort: Cohort, tmp_path: Path) -> None:
     study = make_study("preprocessing", "smoke", {"theirs": tmp_path})
     with pytest.raises(InputError, match="holds no mask"):
         make_dag(study, cohort, (0,), ("full",), "cpu", 1, "instance2022")
+
+
+def test_folds_that_share_cases_are_refused(cohort: Cohort) -> None:
+    ids = cohort.train_ids
+    path = cohort.root / "splits_final.json"
+    path.write_text(json.dumps([{"train": ids[2:], "val": ids[:2]}, {"train": ids[:1], "val": ids[1:]}]))
+    try:
+        with pytest.raises(InputError, match="folds 0 and 1 both score case"):
+            graph(cohort, folds=("0", "1"))
+    finally:
+        path.unlink()
+
+
+def test_a_patient_on_both_sides_is_refused(cohort: Cohort) -> None:
+    same = replace(cohort, records=tuple(replace(record, group="one patient") for record in cohort.records))
+    path = cohort.root / "splits_final.json"
+    path.write_text(json.dumps([{"train": cohort.train_ids[2:], "val": cohort.train_ids[:2]}]))
+    try:
+        with pytest.raises(InputError, match="keep all cases of a patient on one side"):
+            make_part(same, "0")
+    finally:
+        path.unlink()

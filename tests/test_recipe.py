@@ -139,3 +139,16 @@ def test_arm_files_of_ones_own(tmp_path: Path) -> None:
         load_arm("window_swaped")
     with pytest.raises(InputError, match="cannot read the arm file"):
         load_arm(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    "overlay",
+    [
+        {"inference": {"threshold": {"low_hu": 80.0, "high_hu": 20.0}}},
+        {"training": {"augment": {"scaling": [1.4, 0.7]}}},
+        {"training": {"augment": {"gamma": [1.5, 0.7]}}},
+    ],
+)
+def test_reversed_ranges_are_refused(overlay: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"must lie below|write the smaller number first"):
+        make_recipe(overlay)

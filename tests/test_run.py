@@ -7,15 +7,16 @@ import json
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 
 from ichbench.ablation.engine import Event
-from ichbench.ablation.run import Finished, plan_run, run_study
+from ichbench.ablation.run import Finished, phantom_cohort, plan_run, run_study
 from ichbench.ablation.settings import settle
 from ichbench.ablation.study import RunDefaults
 from ichbench.cases.cohort import read_cohort
-from ichbench.cases.images import read_labels
+from ichbench.cases.images import read_labels, write_labels
 from ichbench.errors import InputError
 from ichbench.inference.model import load_model, predict_path
 from ichbench.scoring.score import read_scores
@@ -148,6 +149,15 @@ def test_predict_gives_the_mask_of_the_study(finished: tuple[Finished, Path, Pat
     labels, grid = read_labels(tmp_path / "mask.nii.gz")
     np.testing.assert_array_equal(labels, read_labels(out / f"predictions/base-foldfull-seed0/{case}.nii.gz")[0])
     assert done.volume_ml == pytest.approx(labels.astype(bool).sum() * grid.voxel_ml)
+    for name in ("flipped", "permuted"):
+        turned = nibabel.load(image)
+        turned = turned.slicer[::-1, :, ::-1] if name == "flipped" else turned.as_reoriented(np.array([[2, 1], [0, 1], [1, 1]]))
+        turned.to_filename(tmp_path / f"{name}_0000.nii.gz")
+        (other,) = predict_path(tools, tmp_path / f"{name}_0000.nii.gz", tmp_path / "masks")
+        assert other.path.name == f"{name}.nii.gz"
+        # the same head lying another way: the network sees it as it saw its training cases
+        assert other.volume_ml == pytest.approx(done.volume_ml, rel=1e-6)
+        assert nibabel.load(other.path).shape == turned.shape
     with pytest.raises(InputError, match="would overwrite"):
         list(predict_path(tools, image, image))
     with pytest.raises(InputError, match="not a model folder"):
@@ -171,3 +181,56 @@ def test_folds_score_every_training_case_once(small_phantom: Path, tmp_path: Pat
     assert sorted(row.case for row in rows if row.arm == "base") == sorted(train)
     assert {(row.case, row.fold) for row in rows if row.arm == "base"} == {(case, str(k)) for k in (0, 1) for case in splits[k]["val"]}
     assert sorted(row.case for row in rows if row.arm == "floor_threshold") == sorted(train)
+
+
+def test_a_csv_cohort_is_read_from_the_csv(small_phantom: Path, tmp_path: Path, tiny_preset: Path) -> None:
+    # beside an nnU-Net folder of the same images, with other masks: the csv must win in every step
+    folder = tmp_path / "cohort"
+    shutil.copytree(small_phantom, folder)
+    (folder / "rater2").mkdir()
+    lines = ["id,image,mask,split"]
+    for record in read_cohort(folder).records:
+        assert record.label is not None
+        labels, grid = read_labels(record.label)
+        write_labels(folder / "rater2" / record.label.name, (labels * (np.arange(labels.shape[0]) % 2 == 0)[:, None, None]), grid)
+        lines.append(f"{record.id},{record.images[0].relative_to(folder)},rater2/{record.label.name},{record.split}")
+    (folder / "mine.csv").write_text("\n".join(lines) + "\n")
+    study = 'why = "x"\nbase = "ceiling_roundtrip"\nfloor = false\nceilings = false\n'
+    done, _ = run(folder / "mine.csv", tiny_preset, tmp_path / "out", study)
+    assert done.code == 0
+    measured = {row.case: row.value for row in read_scores(tmp_path / "out/scores.csv") if row.metric == "reference_ml"}
+    for name, value in measured.items():
+        labels, grid = read_labels(folder / "rater2" / f"{name}.nii.gz")
+        assert value == pytest.approx(np.count_nonzero(labels) * grid.voxel_ml)
+
+
+def test_cases_that_change_after_planning_are_noticed(small_phantom: Path, tmp_path: Path, tiny_preset: Path) -> None:
+    folder = tmp_path / "cohort"
+    shutil.copytree(small_phantom, folder)
+    path = tmp_path / "study.toml"
+    path.write_text('why = "x"\nbase = "ceiling_roundtrip"\nfloor = false\nceilings = false\n')
+    given = {"study": str(path), "cohort": str(folder), "out": str(tmp_path / "out"), "preset": str(tiny_preset), "device": "cpu"}
+    planned = plan_run(settle(given, RunDefaults(), {}), {})
+    record = read_cohort(folder).records[0]
+    assert record.label is not None
+    labels, grid = read_labels(record.label)
+    write_labels(record.label, 1 - labels, grid)
+    done = run_study(planned, lambda event: None)
+    assert done.code == 2
+    assert "changed since the study was planned" in " ".join(done.failed.values())
+
+
+def test_an_ignore_label_is_refused_before_anything_runs(small_phantom: Path, tmp_path: Path, tiny_preset: Path) -> None:
+    folder = tmp_path / "cohort"
+    shutil.copytree(small_phantom, folder)
+    table = json.loads((folder / "dataset.json").read_text())
+    table["labels"]["ignore"] = 2
+    (folder / "dataset.json").write_text(json.dumps(table))
+    with pytest.raises(InputError, match="ignore label"):
+        run(folder, tiny_preset, tmp_path / "out")
+
+
+def test_a_foreign_phantom_is_not_taken_for_the_embedded_one(small_phantom: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_phantom, tmp_path / "cohort")
+    with pytest.raises(InputError, match="the embedded one is"):
+        phantom_cohort(tmp_path / "cohort")

@@ -51,6 +51,8 @@ def test_the_study_follows_the_same_precedence() -> None:
         ({"preset": "huge"}, "give one of full, small, smoke"),
         ({"workers": "0"}, "--workers '0'"),
         ({"threads": "two"}, "--threads 'two'"),
+        ({"protocol": "bogus"}, "bogus"),
+        ({"seeds": "99999999999999999999"}, "below 2"),
         ({"device": "tpu"}, "give auto, cpu, cuda"),
     ],
 )

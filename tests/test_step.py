@@ -15,7 +15,20 @@ from filelock import FileLock
 
 from ichbench.ablation import step as step_module
 from ichbench.ablation.dag import Step
-from ichbench.ablation.step import AGAIN, DONE, FAILED, WRONG_INPUT, Task, last_message, main, output_of, result_of, run_step, write_step
+from ichbench.ablation.step import (
+    AGAIN,
+    DONE,
+    FAILED,
+    WRONG_INPUT,
+    Task,
+    is_finished,
+    last_message,
+    main,
+    output_of,
+    result_of,
+    run_step,
+    write_step,
+)
 from ichbench.errors import CaseError, InputError
 
 
@@ -113,6 +126,20 @@ def test_a_damaged_result_is_named(folder: Path) -> None:
     (folder / "result.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         result_of(folder)
+
+
+@pytest.mark.parametrize("spoil", ["gone", "cut"])
+def test_a_result_whose_files_are_gone_is_withdrawn(folder: Path, spoil: str) -> None:
+    run_step(folder)
+    assert is_finished(folder)
+    made = output_of(folder) / "made.txt"
+    if spoil == "gone":
+        made.unlink()
+    else:
+        made.write_text("hel")
+    assert not is_finished(folder)
+    assert run_step(folder) == DONE
+    assert (output_of(folder) / "made.txt").read_text() == "hello"
 
 
 def test_main_refuses_a_folder_that_is_no_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from ichbench.network.losses import LOSSES
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights
 from ichbench.recipe import AugmentRecipe, EarlyStopping, InferenceRecipe, NetworkRecipe, TrainingRecipe
-from ichbench.training.patches import TrainingCase
+from ichbench.training.patches import TrainingCase, TrainingWarning
 from ichbench.training.trainer import OPTIMIZERS, TrainResult, train
 
 torch.set_num_threads(1)
@@ -170,8 +170,10 @@ def test_bad_settings(tmp_path: Path) -> None:
         quick(tmp_path, cases_=[])
     with pytest.raises(InputError, match="seed is -1"):
         quick(tmp_path, seed=-1)
-    with pytest.raises(InputError, match=r"training\.cases = 4, but the split has 3"):
+    with pytest.warns(TrainingWarning, match=r"training\.cases = 4, but there are 3"):
         quick(tmp_path, cases=4)
+    with pytest.warns(TrainingWarning, match="cannot act"):
+        quick(tmp_path, early_stopping=EarlyStopping(patience_epochs=500))
 
 
 @pytest.mark.parametrize("name", list(LOSSES))

@@ -16,6 +16,7 @@ from ichbench.ablation.folds import Part, make_part
 from ichbench.ablation.study import UNTRAINED, Study
 from ichbench.cases.cohort import Cohort
 from ichbench.errors import InputError
+from ichbench.inference.predictors import find_mask
 from ichbench.recipe import Arm, digest
 
 Kind = Literal["prepare", "train", "predict", "score"]
@@ -24,7 +25,7 @@ Kind = Literal["prepare", "train", "predict", "score"]
 STAGE_MODULES: dict[Kind, tuple[str, ...]] = {
     "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.plan", "ichbench.prepare.store"),
     "train": ("ichbench.prepare.store", "ichbench.training.trainer"),
-    "predict": ("ichbench.cases.cohort", "ichbench.inference.predictors"),
+    "predict": ("ichbench.cases.cohort", "ichbench.inference.predictors", "ichbench.network.weights"),
     "score": ("ichbench.cases.cohort", "ichbench.scoring.score"),
 }
 
@@ -80,13 +81,26 @@ def make_dag(study: Study, cohort: Cohort, seeds: tuple[int, ...], folds: tuple[
     """Steps for every arm, fold and seed. Arms that share prepared data, weights or masks share the steps."""
     maker = _Maker(cohort, device, threads, protocol)
     results: list[Result] = []
-    for fold in folds:
-        part = make_part(cohort, fold)
+    parts = {fold: make_part(cohort, fold) for fold in folds}
+    _refuse_overlap(parts)
+    for fold, part in parts.items():
         for arm in study.arms:
             predictor = arm.recipe.inference.predictor
             for seed in (None,) if predictor in UNTRAINED else seeds:
                 results.append(maker.result(arm, part, fold, seed, study.predictions.get(arm.name)))
     return Dag(maker.steps, tuple(results))
+
+
+def _refuse_overlap(parts: dict[str, Part]) -> None:
+    """A case that two folds score would count twice, and an untrained arm has no fold to tell the two apart."""
+    seen: dict[str, str] = {}
+    for fold, part in parts.items():
+        for name in part.evaluate:
+            if name in seen:
+                raise InputError(
+                    f"folds {seen[name]} and {fold} both score case {name}; choose folds that do not share cases, such as --folds cv"
+                )
+            seen[name] = fold
 
 
 class _Maker:
@@ -95,7 +109,7 @@ class _Maker:
     def __init__(self, cohort: Cohort, device: str, threads: int, protocol: str) -> None:
         self.cohort, self.device, self.threads, self.protocol = cohort, device, threads, protocol
         self.steps: dict[str, Step] = {}
-        self.where = {"cohort": str(cohort.root.resolve())}
+        self.where = {"cohort": str((cohort.source or cohort.root).resolve())}
 
     def result(self, arm: Arm, part: Part, fold: str, seed: int | None, predictions: Path | None) -> Result:
         recipe, predictor = arm.recipe, arm.recipe.inference.predictor
@@ -143,6 +157,7 @@ class _Maker:
         return Result(arm.name, fold if trained else "-", str(seed) if trained else "-", score.id, predict.id, train.id if train else None)
 
     def _prepare(self, arm: Arm) -> Step:
+        # as in nnU-Net, fingerprint and plan see all training cases, those of the validation folds included
         spec = {
             "prepare": arm.recipe.prepare.model_dump(mode="json"),
             "plan": arm.recipe.plan.model_dump(mode="json"),
@@ -179,7 +194,7 @@ class _Maker:
 def _folder_digest(folder: Path, ids: tuple[str, ...]) -> dict[str, str]:
     if not folder.is_dir():
         raise InputError(f"predictions folder {folder} does not exist or is not a folder; give the folder that holds one mask per case")
-    found = {name: path for name in ids for path in (folder / f"{name}.nii.gz", folder / f"{name}.nii") if path.is_file()}
+    found = {name: path for name in ids if (path := find_mask(folder, name)) is not None}
     if not found:
         raise InputError(f"predictions folder {folder} holds no mask of this study's cases; expected files such as {ids[0]}.nii.gz")
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.ablation.dag import Dag, Step
-from ichbench.ablation.step import AGAIN, DONE, last_message, result_of, run_step, write_step
+from ichbench.ablation.step import AGAIN, DONE, is_finished, last_message, result_of, run_step, write_step
 
 #: glibc gives large blocks back to the system after every use and takes them again, 10 % of a training step and a third of a
 #: prediction on a CPU; these settings keep them
@@ -63,7 +63,7 @@ def run_dag(dag: Dag, root: Path, device: str, threads: int, workers: int, show:
         os.environ.setdefault(name, value)
     context = _context()
     folders = {step_id: write_step(root, step, device, threads) for step_id, step in dag.steps.items()}
-    done = {step_id for step_id, folder in folders.items() if result_of(folder) is not None}
+    done = {step_id for step_id, folder in folders.items() if is_finished(folder)}
     waiting = [step_id for step_id in _most_urgent_first(dag) if step_id not in done]
     clock = _Clock(dag, done)
     outcome, running, tries = Outcome(), dict[Any, str](), dict[str, int]()

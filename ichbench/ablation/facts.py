@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from ichbench.ablation.step import output_of, result_of
 from ichbench.ablation.study import Study
 from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import write_atomically
+from ichbench.cases.images import read_grid
 from ichbench.recipe import Arm
 from ichbench.scoring.score import Score, read_scores
 
@@ -90,11 +90,11 @@ def write_run(out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, fin
         write_atomically(out / "recipes" / f"{arm.name}.json", recipe_json(arm).encode())
     for result in finished:
         name = "-".join([result.arm, *([f"fold{result.fold}", f"seed{result.seed}"] if result.train_step else [])])
-        _link_files(output_of(root / result.predict_step), out / "predictions" / name)
+        _copy_files(output_of(root / result.predict_step), out / "predictions" / name)
         if result.train_step is not None:
-            _link_files(output_of(root / result.train_step), out / "models" / name)
+            _copy_files(output_of(root / result.train_step), out / "models" / name)
             prepare = dag.steps[result.train_step].inputs["prepare"]
-            _link_files(output_of(root / prepare), out / "models" / name, only=("plan.json",))
+            shutil.copyfile(output_of(root / prepare) / "plan.json", out / "models" / name / "plan.json")
             write_atomically(out / "models" / name / "model.json", model_json(study.arm(result.arm), cohort).encode())
     seconds = {step.label: (result_of(root / step_id) or {}).get("seconds") for step_id, step in dag.steps.items()}
     table = about | environment() | {"notes": run_notes(dag, root, finished), "seconds": seconds, "cohort_digest": cohort.digest()}
@@ -104,26 +104,20 @@ def write_run(out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, fin
 
 def model_json(arm: Arm, cohort: Cohort) -> str:
     """What `ichbench predict` needs beside plan and weights: the recipe and what channels and labels mean."""
-    table = {"arm": arm.name, "why": arm.why, "recipe": arm.recipe.model_dump(mode="json"), "labels": cohort.labels}
+    table: dict[str, Any] = {"arm": arm.name, "why": arm.why, "recipe": arm.recipe.model_dump(mode="json"), "labels": cohort.labels}
+    table["axes_zyx"] = read_grid(cohort.records[0].images[0]).axis_codes_zyx
     return (
         json.dumps(table | {"channel_names": list(cohort.channel_names), "ichbench": version("ichbench")}, indent=1, sort_keys=True) + "\n"
     )
 
 
-def _link_files(source: Path, target: Path, only: tuple[str, ...] | None = None) -> None:
-    """Files of a step under a readable name: hard links where the file system can, else copies."""
-    target.mkdir(parents=True, exist_ok=True)
+def _copy_files(source: Path, target: Path) -> None:
+    """The files of a step under a readable name. Copies, so that an edit never reaches the step; what is not there any more goes."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
-        if not path.is_file() or (only is not None and path.name not in only):
-            continue
-        link = target / path.name
-        if link.exists() and link.samefile(path):
-            continue
-        link.unlink(missing_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:
-            shutil.copyfile(path, link)
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
 
 
 def _commit() -> str:

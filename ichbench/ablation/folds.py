@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ichbench.cases.cohort import Cohort
-from ichbench.cases.splits import Split, five_folds, fold_of, read_splits
+from ichbench.cases.splits import Split, check_splits, five_folds, fold_of, read_splits
 from ichbench.errors import InputError
 
 N_FOLDS = 5
@@ -57,7 +57,16 @@ def make_part(cohort: Cohort, fold: str) -> Part:
                 "use --folds cv"
             )
         return Part(train, train, evaluate)
+    chosen = used_split(cohort, fold)
+    return Part(tuple(chosen["train"]), tuple(chosen["val"]), tuple(chosen["val"]))
+
+
+def used_split(cohort: Cohort, fold: str) -> Split:
+    """The numbered fold of the cohort's `splits_final.json`, else of nnU-Net's own folds; a patient on both sides is an error."""
+    train = tuple(name for name in cohort.train_ids if cohort.record(name).label is not None)
     path = cohort.root / "splits_final.json"
     splits: list[Split] = read_splits(path, train) if path.is_file() else five_folds(train, cohort.groups, N_FOLDS)
-    chosen = fold_of(splits, int(fold), train, cohort.groups)
-    return Part(tuple(chosen["train"]), tuple(chosen["val"]), tuple(chosen["val"]))
+    leaks = [note for note in check_splits(splits, train, cohort.groups) if "both in train and in val" in note]
+    if leaks:
+        raise InputError(f"{path}: {leaks[0]}; keep all cases of a patient on one side, or remove the file to get grouped folds")
+    return fold_of(splits, int(fold), train, cohort.groups)

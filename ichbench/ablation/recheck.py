@@ -27,7 +27,7 @@ from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_labels
 from ichbench.errors import CaseError, InputError
-from ichbench.recipe import Recipe, diff
+from ichbench.recipe import Recipe, diff, shipped
 from ichbench.scoring.probes import probe_rows
 from ichbench.scoring.score import Score, read_scores, rows_for_case, write_scores
 
@@ -42,6 +42,16 @@ def freeze_board(run: Path, folder: Path) -> list[Path]:
     about = _json(run / "run.json")
     if about.get("cohort") != PHANTOM or about.get("failed"):
         raise InputError(f"{run} is not a finished run on the embedded phantom; a board is frozen from one in which nothing failed")
+    if about["study"] not in shipped("studies"):
+        raise InputError(
+            f"{run} is of the study {about['study']}, which is not shipped, so nobody could run it again; "
+            f"shipped are {', '.join(shipped('studies'))}"
+        )
+    stale, _ = _stale_recipes(run, make_study(about["study"], about["preset"]))
+    if stale:
+        raise InputError(
+            f"the recipes of {run} are not those of the shipped study any more: {stale[0].where}: {stale[0].text}; run it again"
+        )
     rows = read_scores(run / "scores.csv")
     size = sum(path.stat().st_size for path in (run / "predictions").rglob("*.nii.gz"))
     if size > MAX_MASK_BYTES:
@@ -75,6 +85,8 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
             f"{folder / 'board.json'} was made with the phantom {about.get('phantom')}, the embedded one is {PHANTOM_COHORT}; "
             "freeze it again"
         )
+    if missing := {"study", "preset", "seeds", "folds", "protocol", "threads", "arms", "base", "rerun_tolerances"} - about.keys():
+        raise InputError(f"{folder / 'board.json'} lacks {', '.join(sorted(missing))}; freeze the board again")
     study = make_study(about["study"], about["preset"])
     untrained = {arm.name for arm in study.arms if arm.recipe.inference.predictor in UNTRAINED}
     differences, compared = _stale_recipes(folder, study)
@@ -131,7 +143,8 @@ def _rescored(folder: Path, committed: list[Score], cohort: Cohort, protocol: st
         source = folder / "masks" / (arm if fold == "-" else f"{arm}-fold{fold}-seed{seed}") / f"{name}.nii.gz"
         predicted = read_labels(source, keep_file_order=True)[0] if source.is_file() else None
         spacing, axes = case.grid.spacing_zyx_mm, case.grid.file_axes
-        rows += rows_for_case(arm, fold, seed, name, case.labels_zyx, predicted, spacing, protocol, cohort.labels, axes)
+        volume = None if case.grid.is_regular else case.grid.voxel_ml
+        rows += rows_for_case(arm, fold, seed, name, case.labels_zyx, predicted, spacing, protocol, cohort.labels, axes, volume)
     return rows
 
 
@@ -152,7 +165,7 @@ def _stale_recipes(folder: Path, study: Study) -> tuple[list[Difference], int]:
             continue
         for key, (was, value) in diff(now[name].recipe, old).items():
             found.append(Difference("text", f"recipes/{name}", str(was), str(value), f"{key} was {was}, is {value}"))
-        if not found and json.loads(recipe_json(now[name])) != committed[name]:
+        if now[name].recipe == old and json.loads(recipe_json(now[name])) != committed[name]:
             found.append(
                 Difference("text", f"recipes/{name}", committed[name].get("why"), now[name].why, "its reason or a default changed")
             )

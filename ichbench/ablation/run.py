@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ichbench.ablation.dag import Dag, Result, make_dag
 from ichbench.ablation.engine import Event, run_dag
 from ichbench.ablation.facts import run_notes, write_run
-from ichbench.ablation.folds import default_folds, parse_folds
+from ichbench.ablation.folds import default_folds, parse_folds, used_split
 from ichbench.ablation.settings import PHANTOM, Settings
 from ichbench.ablation.step import result_of
 from ichbench.ablation.study import Study, make_study
 from ichbench.board.render import Board, build_board, write_board
 from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
 from ichbench.cases.files import write_atomically
+from ichbench.cases.splits import write_splits
 from ichbench.errors import InputError
 
 #: the embedded default cohort. Its seed was chosen so that all five kinds of bleed are in training and test, and that no test case is
@@ -51,7 +53,7 @@ class Finished:
 def plan_run(settings: Settings, predictions: dict[str, Path]) -> Planned:
     """Resolve arms, cohort, folds and steps; makes the output folder (and the phantom in it) but computes nothing else."""
     study = make_study(settings.study, settings.preset, predictions)
-    check_out(settings.out)
+    check_out(settings, study)
     cohort = phantom_cohort(settings.out / "cohort") if settings.cohort == PHANTOM else open_cohort(Path(settings.cohort), study)
     folds = parse_folds(settings.folds or default_folds(cohort))
     dag = make_dag(study, cohort, settings.seeds, folds, settings.device.split(":")[0], settings.threads, settings.protocol)
@@ -59,8 +61,13 @@ def plan_run(settings: Settings, predictions: dict[str, Path]) -> Planned:
 
 
 def open_cohort(path: Path, study: Study) -> Cohort:
-    """Read a cohort and refuse mixed orientations unless every arm reorients."""
+    """Read a cohort; refuse what a study cannot train on, and mixed orientations unless every arm reorients."""
     cohort = read_cohort(path)
+    if cohort.ignore_label is not None:
+        raise InputError(
+            f"cohort {cohort.name} declares an ignore label ({cohort.ignore_label}); training does not support one yet: "
+            "map it to background with a label_map, or leave those cases out"
+        )
     if not all(arm.recipe.prepare.reorient or arm.recipe.prepare.compatibility == "nnunet" for arm in study.arms):
         check_orientations(cohort)
     return cohort
@@ -68,15 +75,23 @@ def open_cohort(path: Path, study: Study) -> Cohort:
 
 def phantom_cohort(folder: Path) -> Cohort:
     """The embedded phantom, written to `folder` unless it is there already."""
-    from ichbench.cases.phantom import write_phantom
+    from ichbench.cases.phantom import GENERATOR, write_phantom
 
-    # dataset.json is the last file of a complete phantom
-    if not (folder / "phantom.json").is_file():
-        write_phantom(folder, **PHANTOM_COHORT)  # type: ignore[arg-type]
-    cohort = read_cohort(folder)
-    return Cohort(
-        PHANTOM, cohort.root, cohort.channel_names, cohort.labels, cohort.ignore_label, cohort.label_map, cohort.records, cohort.reorient
-    )
+    if not folder.exists():
+        # written beside its place and moved there whole, so that an interrupted run leaves no half of a cohort
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".cohort-") as scratch:
+            write_phantom(Path(scratch) / "cohort", **PHANTOM_COHORT)  # type: ignore[arg-type]
+            (Path(scratch) / "cohort").rename(folder)
+    try:
+        sidecar = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))
+        found = {"n_cases": len(sidecar["cases"]), "size": sidecar["size"], "seed": sidecar["seed"], "generator": sidecar["generator"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} does not hold the embedded phantom ({error}); remove that folder and run again") from None
+    expected = {name: PHANTOM_COHORT[name] for name in ("n_cases", "size", "seed")} | {"generator": GENERATOR}
+    if found != expected:
+        raise InputError(f"{folder} holds the phantom {found}, the embedded one is {expected}; remove that folder and run again")
+    return replace(read_cohort(folder), name=PHANTOM)
 
 
 def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
@@ -107,6 +122,8 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
     written: list[Path] = []
     board = None
     if finished:
+        if planned.folds != ("full",):
+            write_splits(out / "splits_final.json", [used_split(planned.cohort, fold) for fold in planned.folds])
         rows = write_run(out, study, planned.cohort, planned.dag, root, finished, about)
         written = [out / "scores.csv", out / "cases.csv", out / "run.json"]
         order = [arm.name for arm in study.arms if arm.name in complete]
@@ -118,40 +135,51 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
     return Finished(board, tuple(written), run_notes(planned.dag, root, finished), labels, code)
 
 
-def check_out(out: Path) -> None:
-    """Refuse an output folder that holds something other than a study."""
-    if out.is_file():
+def check_out(settings: Settings, study: Study) -> None:
+    """Refuse an output folder that holds something other than this study, before anything is written to it."""
+    out = settings.out
+    if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "study.json").exists():
-        inside = sorted(path.name for path in out.iterdir())
-        if inside not in (["cohort"], ["cohort", "steps"]):
-            raise InputError(f"--out {out} is not empty and is not a study's folder (it holds {', '.join(inside[:5])}); give a new folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if (out / "study.json").exists():
+        _refuse_other(settings, _identity(settings, study))
+        return
+    inside = sorted(path.name for path in out.iterdir() if not path.name.startswith(".cohort-"))
+    if not set(inside) <= {"cohort", "steps"}:
+        raise InputError(f"--out {out} is not empty and is not a study's folder (it holds {', '.join(inside[:5])}); give a new folder")
 
 
 def claim(planned: Planned) -> None:
     """Write what the folder is for, or refuse it when it is for something else."""
-    settings, path = planned.settings, planned.settings.out / "study.json"
-    identity = {
-        "study": planned.study.name,
-        "arms": {arm.name: arm.recipe.model_dump(mode="json") for arm in planned.study.arms},
-        "cohort": planned.cohort.digest(),
-        "seeds": list(settings.seeds),
-        "folds": list(planned.folds),
-        "protocol": settings.protocol,
-    }
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path} is damaged ({error}); give another --out") from None
-        different = [name for name in identity if found.get(name) != json.loads(json.dumps(identity[name]))]
-        if different:
-            changes = "; ".join(_change(name, found.get(name), identity[name]) for name in different)
-            raise InputError(
-                f"--out {settings.out} belongs to another study: {changes}. "
-                "Nothing was changed; give a new --out, or the settings that the folder was made with"
-            )
-    write_atomically(path, json.dumps(identity, indent=1, sort_keys=True).encode())
+    identity = _identity(planned.settings, planned.study) | {"cohort": planned.cohort.digest(), "folds": list(planned.folds)}
+    if (planned.settings.out / "study.json").exists():
+        _refuse_other(planned.settings, identity)
+    write_atomically(planned.settings.out / "study.json", json.dumps(identity, indent=1, sort_keys=True).encode())
+
+
+def _identity(settings: Settings, study: Study) -> dict[str, Any]:
+    """What a folder is for, as far as it is known before the cohort is read."""
+    arms = {arm.name: arm.recipe.model_dump(mode="json") for arm in study.arms}
+    source = PHANTOM if settings.cohort == PHANTOM else "given"
+    return {"study": study.name, "arms": arms, "seeds": list(settings.seeds), "protocol": settings.protocol, "source": source}
+
+
+def _refuse_other(settings: Settings, identity: dict[str, Any]) -> None:
+    path = settings.out / "study.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); give another --out") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged (it holds no table); give another --out")
+    different = [name for name in identity if found.get(name) != json.loads(json.dumps(identity[name]))]
+    if different:
+        changes = "; ".join(_change(name, found.get(name), identity[name]) for name in different)
+        raise InputError(
+            f"--out {settings.out} belongs to another study: {changes}. "
+            "Nothing was changed; give a new --out, or the settings that the folder was made with"
+        )
 
 
 def _change(name: str, old: Any, new: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ichbench.ablation.study import RunDefaults
 from ichbench.errors import InputError
 from ichbench.recipe import shipped
+from ichbench.scoring.protocol import get_protocol
 
 DEFAULT_STUDY = "preprocessing"
 PHANTOM = "phantom"
@@ -76,7 +77,7 @@ def settle(given: Mapping[str, str | None], study_defaults: RunDefaults, environ
     workers = _whole(pick("workers", None, str(_cores())), "workers", 1)
     threads = _whole(pick("threads", None, "1"), "threads", 1)
     device = resolve_device(pick("device", None, "auto"))
-    protocol = pick("protocol", None, "instance2022")
+    protocol = get_protocol(pick("protocol", None, "instance2022")).name
     return Settings(
         study,
         cohort,
@@ -101,8 +102,10 @@ def settle_study(given: str | None, environment: Mapping[str, str] | None = None
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`0,1,2` -> (0, 1, 2)."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
-        raise InputError(f"--seeds {text!r} is not understood; give different whole numbers such as 0,1,2")
+    if not all(part.isdecimal() and int(part) < 2**32 for part in parts) or len({int(part) for part in parts if part.isdecimal()}) != len(
+        parts
+    ):
+        raise InputError(f"--seeds {text!r} is not understood; give different whole numbers below 2**32, such as 0,1,2")
     return tuple(int(part) for part in parts)
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ichbench.ablation.dag import Step
+from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import write_atomically
 from ichbench.errors import CaseError, InputError
 
@@ -68,6 +69,20 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / 'result.json'} is damaged ({error}); delete the folder {folder.name} and run again") from None
     return table if isinstance(table, dict) else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Is there a result, with every file that it lists, at its size? A result whose files are gone is withdrawn."""
+    result = result_of(folder)
+    if result is None:
+        return False
+    output = folder / "attempts" / str(result["attempt"]) / "output"
+    for name, about in result["files"].items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != about["bytes"]:
+            (folder / "result.json").unlink()
+            return False
+    return True
 
 
 def output_of(folder: Path) -> Path:
@@ -116,7 +131,9 @@ def _attempt(folder: Path) -> int:
     write_atomically(attempt / "exit.json", json.dumps({"code": code, "message": message, "seconds": seconds}).encode())
     if code == DONE:
         files = {
-            str(path.relative_to(attempt / "output")): _sha256(path) for path in sorted((attempt / "output").rglob("*")) if path.is_file()
+            str(path.relative_to(attempt / "output")): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+            for path in sorted((attempt / "output").rglob("*"))
+            if path.is_file()
         }
         result = {"attempt": number, "seconds": seconds, "notes": list(dict.fromkeys(notes)), "files": files} | extra
         write_atomically(folder / "result.json", json.dumps(result, indent=1, sort_keys=True).encode())
@@ -144,6 +161,7 @@ def _prepare(task: Task) -> dict[str, Any]:
 
     prepare, plan_recipe = task.model("prepare", PrepareRecipe), task.model("plan", PlanRecipe)
     cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
+    _check_digests(cohort, task.spec["cases"])
     ids = list(task.spec["cases"])
     keep = prepare.compatibility == "nnunet"
     found = fingerprint(flagged_case(cohort.load(name, keep), prepare, cohort.channel_names)[0] for name in ids)
@@ -199,6 +217,7 @@ def _predict(task: Task) -> dict[str, Any]:
 
     inference, prepare = task.model("inference", InferenceRecipe), task.model("prepare", PrepareRecipe)
     cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
+    _check_digests(cohort, task.spec["cases"] | task.spec.get("fit_on", {}))
     keep = prepare.compatibility == "nnunet"
     tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.device}
     if "prepare" in task.inputs:
@@ -236,6 +255,7 @@ def _score(task: Task) -> dict[str, Any]:
     from ichbench.scoring.score import rows_for_case, write_scores
 
     cohort = read_cohort(Path(task.where["cohort"]))
+    _check_digests(cohort, task.spec["cases"])
     labels = cohort.labels | ({"ignore": cohort.ignore_label} if cohort.ignore_label is not None else {})
     rows = []
     for name in task.spec["cases"]:
@@ -246,7 +266,8 @@ def _score(task: Task) -> dict[str, Any]:
         found = task.inputs["predict"] / f"{name}.nii.gz"
         predicted = read_labels(found, keep_file_order=True)[0] if found.is_file() else None
         spacing, axes = case.grid.spacing_zyx_mm, case.grid.file_axes
-        rows += rows_for_case("-", "-", "-", name, case.labels_zyx, predicted, spacing, task.spec["protocol"], labels, axes)
+        volume = None if case.grid.is_regular else case.grid.voxel_ml
+        rows += rows_for_case("-", "-", "-", name, case.labels_zyx, predicted, spacing, task.spec["protocol"], labels, axes, volume)
     write_scores(task.out / "scores.csv", rows)
     return {}
 
@@ -269,6 +290,16 @@ def _collected_warnings(notes: list[str]) -> Iterator[None]:
                 ):
                     notes.append(f"{item.category.__name__}: {item.message}")
                 print(f"warning: {item.category.__name__}: {item.message}")  # noqa: T201
+
+
+def _check_digests(cohort: Cohort, expected: dict[str, str]) -> None:
+    """The files must still hold what they held when the step was named after them."""
+    changed = [name for name, digest in expected.items() if cohort.case_digest(name) != digest]
+    if changed:
+        raise InputError(
+            f"{len(changed)} case(s) of cohort {cohort.name} changed since the study was planned: {', '.join(changed[:5])}; "
+            "run the study again"
+        )
 
 
 def _set_threads(threads: int) -> None:

@@ -38,7 +38,7 @@ COLUMNS = (
 #: Digits after the point on screen, by bare metric name (mm and ml need fewer than shares); 3 for all others.
 DECIMALS = {"hd": 1, "hd95": 1, "assd": 2, "reference_ml": 1, "predicted_ml": 1}
 TEXT_WIDTH = 120
-ARM_WIDTH = 22
+ARM_WIDTH = 24
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ichbench.errors import InputError
 
 FloatArray = NDArray[np.floating]
-IntArray = NDArray[np.integer]
 
 #: Two grids agree when no corner of the volume is further apart than this (mm); headers of one scan differ by
 #: rounding in float32, about 1e-4 mm (facts: TorchIO issues 592, 987, 430).
@@ -34,7 +33,7 @@ class Grid:
     slice_positions_mm  position of every slice along the slice normal, for stacks that are not evenly spaced;
                         None for a regular stack
     file_axes           working axis k is axis file_axes[k] of the file; (2, 1, 0) for the usual (i, j, k) NIfTI
-    pixdim_zyx_mm       the voxel size as the file's header spells it, when it agrees with the affine. Distances at a
+    pixdim_zyx_mm       the voxel size as the file's header spells it; reading warns where the affine says otherwise. Distances at a
                         tolerance equal to the voxel size (0.42 mm) depend on the last bit, and the official scorer reads
                         this number and not the affine
     header              the NIfTI header it came from (348 bytes, 540 for NIfTI-2), so that a mask is written with the same

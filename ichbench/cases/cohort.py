@@ -41,6 +41,8 @@ class Cohort:
     label_map: dict[int, int] | None
     records: tuple[CaseRecord, ...]
     reorient: bool = False
+    #: the folder or file it was read from; reading that again gives the same cohort
+    source: Path | None = None
     _cache: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -171,8 +173,19 @@ class Cohort:
 
 def read_cohort(folder_or_csv: Path, reorient: bool = False) -> Cohort:
     """Read an nnU-Net raw folder, an INSTANCE folder or a `cohort.csv` (see `folders.describe`); no image is opened."""
-    found: Description = describe(Path(folder_or_csv))
-    return Cohort(found.name, found.root, found.channel_names, found.labels, found.ignore_label, found.label_map, found.records, reorient)
+    source = Path(folder_or_csv)
+    found: Description = describe(source)
+    return Cohort(
+        found.name,
+        found.root,
+        found.channel_names,
+        found.labels,
+        found.ignore_label,
+        found.label_map,
+        found.records,
+        reorient,
+        source,
+    )
 
 
 def check_orientations(cohort: Cohort) -> None:

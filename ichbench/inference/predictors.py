@@ -89,8 +89,7 @@ def predict_folder(case: Case, tools: Tools) -> Prediction:
 
     if tools.predictions is None:
         raise InputError("the folder predictor needs the folder with the predictions")
-    paths = [tools.predictions / f"{case.id}.nii.gz", tools.predictions / f"{case.id}.nii"]
-    path = next((path for path in paths if path.is_file()), None)
+    path = find_mask(tools.predictions, case.id)
     if path is None:
         return Prediction(None)
     labels, grid = read_labels(path)
@@ -100,6 +99,14 @@ def predict_folder(case: Case, tools: Tools) -> Prediction:
             f"the case has {case.grid.shape_zyx} and {case.grid.spacing_zyx_mm} mm; write predictions on the input's own grid"
         )
     return Prediction(labels)
+
+
+def find_mask(folder: Path, case_id: str) -> Path | None:
+    """The mask of a case in a folder of predictions, or None; two files of one case are an error."""
+    paths = [path for path in (folder / f"{case_id}.nii.gz", folder / f"{case_id}.nii") if path.is_file()]
+    if len(paths) > 1:
+        raise InputError(f"{folder} holds two masks of case {case_id}: {paths[0].name} and {paths[1].name}; keep one")
+    return paths[0] if paths else None
 
 
 PREDICTORS: dict[str, Callable[[Case, Tools], Prediction]] = {
@@ -138,6 +145,11 @@ def fit_thresholds(cases: Iterable[Case], recipe: ThresholdRecipe) -> tuple[floa
         allowed &= np.arange(len(edges))[:, None] == int(np.argmin(np.abs(edges - recipe.low_hu)))
     if recipe.high_hu != "fit":
         allowed &= np.arange(len(edges))[None, :] == int(np.argmin(np.abs(edges - recipe.high_hu)))
+    if not allowed.any():
+        raise InputError(
+            f"inference.threshold has low_hu = {recipe.low_hu} and high_hu = {recipe.high_hu}; "
+            f"low must lie below high, both within {SEARCH_HU} HU"
+        )
     best = int(np.argmax(np.where(allowed, total, -1.0)))
     low, high = edges[best // len(edges)], edges[best % len(edges)]
     return (

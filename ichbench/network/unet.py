@@ -113,7 +113,7 @@ def make_unet(plan: Topology, recipe: NetworkRecipe, seed: int = 0) -> UNet:
     """
     levels = len(plan.features) - 1
     if levels < 1:
-        raise InputError(f"the plan has {levels + 1} stage(s); a U-Net needs at least 2, so enlarge plan.patch_size")
+        raise InputError(f"the plan has {levels + 1} stage(s); a U-Net needs at least 2: the images (or plan.patch_size) are too small")
     # building on the meta device leaves torch's global generator where it was
     with torch.device("meta"):
         network = UNet(plan, recipe)

@@ -56,7 +56,7 @@ class Fingerprint:
                 float(table["median_relative_size_after_cropping"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"not a dataset fingerprint: {error!r}; make one with `ichbench fingerprint`") from None
+            raise InputError(f"not a dataset fingerprint: {error!r}; prepare the cohort again") from None
 
 
 @dataclass(frozen=True)

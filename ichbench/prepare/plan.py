@@ -100,7 +100,7 @@ class Plan:
         known = {field.name for field in dataclasses.fields(cls)}
         if set(table) != known:
             missing, unknown = sorted(known - set(table)), sorted(set(table) - known)
-            raise InputError(f"not a plan: missing {missing}, unknown {unknown}; make one with `ichbench plan`")
+            raise InputError(f"not a plan: missing {missing}, unknown {unknown}; prepare the cohort again")
         return cls(**{key: _tuples(value) for key, value in table.items()})
 
     def explain(self) -> list[str]:

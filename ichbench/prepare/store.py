@@ -97,7 +97,7 @@ def read_prepared(folder: Path, case_id: str, mmap: bool = True, verify: bool = 
 def list_prepared(folder: Path) -> tuple[str, ...]:
     """Ids of the cases in a folder, sorted; unfinished ones are not listed."""
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder} with prepared cases; run `ichbench prepare` first")
+        raise InputError(f"there is no folder {folder} with prepared cases; run the study again")
     return tuple(sorted(path.parent.name for path in folder.glob(f"*/{CASE_FILE}") if not path.parent.name.startswith(".")))
 
 

@@ -112,6 +112,7 @@ def rows_for_case(
     protocol: str | Protocol = "instance2022",
     labels: Mapping[str, int] | None = None,
     file_axes: tuple[int, int, int] = (2, 1, 0),
+    voxel_ml: float | None = None,
 ) -> list[Score]:
     """All rows of one case: the metrics of the whole foreground, of each label where there are several, and the 0/1 marks.
 
@@ -120,6 +121,7 @@ def rows_for_case(
                     InputError. Voxels of a label named "ignore" in the reference count as background in both
     file_axes       `Grid.file_axes`: distances are summed in the order of the file's axes, so that their last bit is
                     the one of the official script, which reads the file
+    voxel_ml        `Grid.voxel_ml` of a sheared grid, whose voxels are smaller than the product of the spacings; volumes only
     """
     rules = get_protocol(protocol)
     to_file = tuple(file_axes.index(axis) for axis in range(3))
@@ -148,6 +150,9 @@ def rows_for_case(
     rows: list[Score] = []
     for suffix, own, other in parts:
         found = score_masks(own, other, spacing_file_mm, rules)
+        if voxel_ml is not None:
+            volumes = {"reference_ml": voxel_ml * np.count_nonzero(own), "predicted_ml": voxel_ml * np.count_nonzero(other)}
+            found |= {name: value for name, value in volumes.items() if name in found}
         found["empty_prediction"] = float(not other.any())
         found["empty_reference"] = float(not own.any())
         if not suffix:
@@ -217,6 +222,12 @@ def score_folder(
     references, predictions = _files_by_case(Path(reference_dir)), _files_by_case(Path(prediction_dir))
     if not references:
         raise InputError(f"{reference_dir} holds no reference: no file ends in {' or '.join(SUFFIXES)}")
+    # an empty folder is a submission of nothing; a full one without a match is a mistake in the names
+    if predictions and not set(references) & set(predictions):
+        raise InputError(
+            f"{prediction_dir} holds no prediction for any of the {len(references)} references in {reference_dir}; "
+            f"files must bear the references' names, such as {next(iter(sorted(references.values()))).name}"
+        )
     extra = sorted(set(predictions) - set(references))
     if extra:
         _LOG.warning("%d prediction(s) in %s have no reference and are not scored: %s", len(extra), prediction_dir, ", ".join(extra[:5]))
@@ -229,6 +240,15 @@ def score_folder(
 
     with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=multiprocessing.get_context("spawn")) as pool:
         return [row for rows in pool.map(_run, tasks) for row in rows]
+
+
+def labels_present(reference: Path) -> dict[str, int]:
+    """Every label value of a reference file, or of a folder of them, as the `labels` of `score_files`: {"1": 1, "2": 2}."""
+    from ichbench.cases.images import read_labels
+
+    paths = sorted(_files_by_case(reference).values()) if reference.is_dir() else [reference]
+    values = {int(value) for path in paths for value in np.unique(read_labels(path)[0])}
+    return {str(value): value for value in sorted(values | {0})}
 
 
 def write_scores(path: Path, rows: Iterable[Score]) -> None:

@@ -7,6 +7,7 @@ moved back inside, where nnU-Net lets it hang out by up to half its size.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ from ichbench.errors import InputError
 TRAIN_STREAM, VALIDATION_STREAM, CHOICE_STREAM = 0, 1, 2
 
 OUTSIDE_IMAGE, OUTSIDE_LABEL = 0.0, -1
+
+
+class TrainingWarning(UserWarning):
+    """A setting of the recipe cannot act here as it is written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,11 +121,12 @@ def cut_patch(case: TrainingCase, draw: PatchDraw) -> tuple[NDArray[np.float32],
 def choose_cases(cases: Sequence[TrainingCase], number: int | str, seed: int) -> list[TrainingCase]:
     """All cases, or the first `number` of a shuffle by `seed`: a larger number keeps those of a smaller one.
 
-    Raises InputError when there are fewer.
+    Where there are fewer, all are used, with a `TrainingWarning`.
     """
     if isinstance(number, str):
         return list(cases)
     if number > len(cases):
-        raise InputError(f"training.cases = {number}, but the split has {len(cases)} training cases; use at most {len(cases)} or 'all'")
+        warnings.warn(f"training.cases = {number}, but there are {len(cases)}; all of them are used", TrainingWarning, stacklevel=2)
+        return list(cases)
     order = sample_generator(seed, CHOICE_STREAM, 0, 0).permutation(len(cases))
     return [cases[i] for i in sorted(order[:number])]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from ichbench.network.unet import Topology, UNet, make_unet
 from ichbench.network.weights import save_weights
 from ichbench.recipe import NetworkRecipe, TrainingRecipe
 from ichbench.training.batches import Sampling, ahead, make_batch
-from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, choose_cases
+from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, TrainingWarning, choose_cases
 from ichbench.training.schedule import Best, moving_average, poly_learning_rate, should_stop
 
 #: threads that cut and augment patches while a GPU trains; a CPU training does both in one thread
@@ -225,6 +226,10 @@ def _check(cases: Sequence[TrainingCase], training: TrainingRecipe, seed: int, v
         raise InputError(f"the seed is {seed}; use a whole number from 0 on")
     if training.early_stopping != "off" and not validates:
         raise InputError("training.early_stopping needs validation cases and validation_iterations above 0; give both or set it to 'off'")
+    if training.early_stopping != "off" and training.early_stopping.patience_epochs >= training.epochs:
+        patience = training.early_stopping.patience_epochs
+        said = f"early stopping with a patience of {patience} epochs cannot act in a training of {training.epochs}"
+        warnings.warn(said, TrainingWarning, stacklevel=2)
 
 
 @contextlib.contextmanager
