@@ -64,7 +64,10 @@ def freeze_board(run: Path, folder: Path) -> list[Path]:
     }
     for old in ("masks", "recipes"):
         shutil.rmtree(folder / old, ignore_errors=True)
-    shutil.copytree(run / "predictions", folder / "masks", ignore=lambda _, names: [name for name in names if not name.endswith(".nii.gz")])
+    for mask in sorted((run / "predictions").rglob("*.nii.gz")):
+        target = folder / "masks" / mask.relative_to(run / "predictions")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(mask, target)
     shutil.copytree(run / "recipes", folder / "recipes")
     write_scores(folder / "scores.csv", rows)
     write_scores(folder / "probes.csv", probe_rows())
