@@ -174,6 +174,9 @@ class TrainingRecipe(Strict):
     #: auto: nnU-Net's rule (pooled over the batch in 2D and below a cascade)
     batch_dice: Literal["auto"] | bool = "auto"
     foreground_share: Probability = 0.33
+    #: where a forced foreground voxel lies in its patch; nnU-Net puts it in the centre, and a short training then learns to find
+    #: foreground in the middle of every tile
+    foreground_position: Literal["centre", "anywhere"] = "centre"
     #: weight of the old value in the moving average of the pseudo-Dice
     moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.9
     early_stopping: Off | EarlyStopping = "off"

@@ -155,3 +155,14 @@ def test_choosing_cases_is_seeded_and_nested() -> None:
     assert {c.id for c in choose_cases(cases, 3, 1)} != names[0]
     with pytest.warns(TrainingWarning, match="there are 12"):
         assert choose_cases(cases, 13, 0) == cases
+
+
+def test_a_forced_voxel_may_lie_anywhere_in_its_patch() -> None:
+    one = case((20, 40, 40), ((1, 10, 20, 20),))
+    draws = [draw_patch(sample_generator(0, 0, step, 0), [one], (4, 8, 8), True, centred=False) for step in range(600)]
+    places = np.array([[10, 20, 20]] * 600) - np.array([draw.lower_zyx for draw in draws])
+    for axis, size in enumerate((4, 8, 8)):
+        counts = np.bincount(places[:, axis], minlength=size)
+        assert len(counts) == size
+        # uniform: each place within five standard deviations of its share
+        assert np.all(np.abs(counts - 600 / size) < 5 * np.sqrt(600 / size))

@@ -35,7 +35,7 @@ def fill_holes(mask_zyx: NDArray[np.bool_]) -> NDArray[np.bool_]:
         for end in (0, -1):
             outside[np.unique(regions.take(end, axis=axis))] = True
     outside[0] = False
-    return ~outside[regions]
+    return np.asarray(~outside[regions], dtype=np.bool_)
 
 
 def crop_to_nonzero(

@@ -66,8 +66,13 @@ def patch_zyx(patch_size: Sequence[int]) -> tuple[int, int, int]:
     return z, y, x
 
 
-def draw_patch(rng: np.random.Generator, cases: Sequence[TrainingCase], patch_size: Sequence[int], forced: bool) -> PatchDraw:
-    """Draw case and corner for one sample. A case without foreground gives a patch anywhere, also when `forced`."""
+def draw_patch(
+    rng: np.random.Generator, cases: Sequence[TrainingCase], patch_size: Sequence[int], forced: bool, centred: bool = True
+) -> PatchDraw:
+    """Draw case and corner for one sample. A case without foreground gives a patch anywhere, also when `forced`.
+
+    centred  the forced voxel lies in the middle of the patch (nnU-Net's rule), or else anywhere in it
+    """
     if not cases:
         raise InputError("there is no case to draw patches from; give at least one training case")
     index = int(rng.integers(len(cases)))
@@ -81,7 +86,8 @@ def draw_patch(rng: np.random.Generator, cases: Sequence[TrainingCase], patch_si
         if voxel is None:
             lower.append(int(rng.integers(low, high + 1)))
         else:
-            lower.append(min(max(low, int(voxel[axis]) - size[axis] // 2), high))
+            before = size[axis] // 2 if centred else int(rng.integers(size[axis]))
+            lower.append(min(max(low, int(voxel[axis]) - before), high))
     return PatchDraw(index, (lower[0], lower[1], lower[2]), size, label)
 
 

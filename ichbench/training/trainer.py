@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,8 +100,9 @@ class _Run:
         self.cases = choose_cases(cases, training.cases, seed)
         self.validation_cases = validation_cases if training.validation_iterations else []
         self.plan, self.recipe, self.out, self.device, self.seed = plan, training, out, device, seed
-        self.sampling = Sampling(tuple(plan.patch_size), plan.batch_size, training.foreground_share, seed, training.augment)
-        self.validation_sampling = Sampling(tuple(plan.patch_size), plan.batch_size, training.foreground_share, seed, None)
+        centred = training.foreground_position == "centre"
+        self.sampling = Sampling(tuple(plan.patch_size), plan.batch_size, training.foreground_share, seed, training.augment, centred)
+        self.validation_sampling = replace(self.sampling, augment=None)
         self.network: UNet = make_unet(plan, network, seed).to(device)
         self.optimizer = OPTIMIZERS[training.optimizer](self.network.parameters(), training)
         loss: Loss = LOSSES[training.loss]
