@@ -37,6 +37,9 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
+            self.bar = None
+        if kind is None and self.found:
+            self._line(f"all {self.found} steps were finished before")
 
     def show(self, event: Event) -> None:
         """Show one event."""
