@@ -4,14 +4,7 @@ One strict, frozen model per stage. A flag is a field of the one stage that read
 its own part, so a flag cannot leak. Defaults live here, once. Paths, devices, worker counts, cohorts and seeds are not
 part of a recipe: score = f(recipe, cohort, split, seed).
 
-An *arm* is a TOML file that says why it exists and only what differs from the defaults::
-
-    why = "Level 59, width 96: the swapped reading of the paper's window."
-    [prepare]
-    window = { level_hu = 59, width_hu = 96 }
-
-A *preset* (smoke, small, full) is an overlay of the same form, applied between the defaults and the arm: it says how
-much computing is spent, an arm says what is tried.
+Arms and presets, which are overlays of TOML on the defaults: arms.py.
 """
 
 from __future__ import annotations
@@ -19,10 +12,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import tomllib
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -235,16 +225,8 @@ class Recipe(Strict):
 STAGES = ("prepare", "plan", "network", "training", "inference")
 #: tables of the recipe that overlays change key by key
 MERGED = (*STAGES, "augment")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A named recipe with its reason; `changes` are the keys it sets, e.g. {"prepare.window": ...}."""
-
-    name: str
-    why: str
-    recipe: Recipe
-    changes: dict[str, Any]
+#: plan.dims -> the table of an overlay that holds for it alone
+CONDITIONS = {2: "when_2d", 3: "when_3d"}
 
 
 def digest(value: Any) -> str:
@@ -254,89 +236,56 @@ def digest(value: Any) -> str:
 
 def diff(arm: Recipe, base: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys in which two recipes differ: {"training.loss": (base value, arm value)}."""
-    ours, theirs = _flat(arm.model_dump(mode="json")), _flat(base.model_dump(mode="json"))
+    ours, theirs = flat(arm.model_dump(mode="json")), flat(base.model_dump(mode="json"))
     return {key: (theirs.get(key), ours.get(key)) for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)}
 
 
 def make_recipe(*overlays: dict[str, Any], source: str = "recipe") -> Recipe:
-    """The defaults with overlays on top, the last one winning; nested tables are merged key by key."""
+    """The defaults with overlays on top, the last one winning; nested tables are merged key by key.
+
+    An overlay's tables `when_2d` and `when_3d` hold right above the rest of it for the `plan.dims` that come out, so that
+    one preset can give the two kinds of network patches that cost the same.
+    """
+    plan = _merged(overlays).get("plan", {})
+    dims = plan.get("dims", PlanRecipe().dims) if isinstance(plan, dict) else None
+    parts: list[dict[str, Any]] = []
+    for overlay in overlays:
+        parts.append({key: value for key, value in overlay.items() if key not in CONDITIONS.values()})
+        # both are checked as they are read, whichever one holds
+        for condition, key in CONDITIONS.items():
+            part = overlay.get(key, {})
+            if not (isinstance(part, dict) and isinstance(part.get("plan", {}), dict)) or "dims" in part.get("plan", {}):
+                raise InputError(f"{source}: {key} must be a table of recipe tables that leaves plan.dims alone, not {part!r}")
+            if condition == dims:
+                parts.append(part)
+            elif part:
+                _validated({**part, "plan": {**part.get("plan", {}), "dims": condition}}, f"{source}, {key}")
+    return _validated(_merged(parts), source)
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"prepare.window": ...}: a stage's tables are opened, a value that is itself a table (a window) stays whole."""
+    opened: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict) and key in MERGED:
+            opened |= flat(value, f"{prefix}{key}.")
+        else:
+            opened[f"{prefix}{key}"] = value
+    return opened
+
+
+def _merged(overlays: Sequence[dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for overlay in overlays:
         merged = _merge(merged, overlay)
+    return merged
+
+
+def _validated(table: dict[str, Any], source: str) -> Recipe:
     try:
-        return Recipe.model_validate(_lists_to_tuples(merged))
+        return Recipe.model_validate(_lists_to_tuples(table))
     except ValidationError as error:
         raise InputError(_explain(error, source)) from None
-
-
-def load_arm(name_or_path: str | Path, preset: str | None = None, folder: Path | None = None) -> Arm:
-    """An arm by the name of a shipped file (`window_swapped`) or by the path of a TOML file, under a preset.
-
-    A relative path is looked for in `folder` first (a study file's own folder), then here.
-    """
-    why, table, source = load_overlay(str(name_or_path), folder)
-    recipe = make_recipe(load_preset(preset) if preset else {}, table, source=source)
-    return Arm(Path(source).stem, why, recipe, _flat(table))
-
-
-def load_overlay(name_or_path: str, folder: Path | None = None) -> tuple[str, dict[str, Any], str]:
-    """An arm file as (why, the table of what it sets, where it was found)."""
-    beside = folder / name_or_path if folder is not None else None
-    source, text = read_shipped(str(beside) if beside is not None and beside.is_file() else name_or_path)
-    table = parse_toml(text, source)
-    why = table.pop("why", "")
-    if not isinstance(why, str) or not why.strip():
-        raise InputError(f'{source}: an arm must say why it exists; add a line such as why = "..." at the top')
-    return why.strip(), table, source
-
-
-def load_preset(name: str) -> dict[str, Any]:
-    """The overlay of a shipped preset (smoke, small, full) or of a TOML file."""
-    source, text = read_shipped(name, "presets")
-    table = parse_toml(text, source)
-    table.pop("why", None)
-    make_recipe(table, source=source)
-    return table
-
-
-def parse_toml(text: str, source: str) -> dict[str, Any]:
-    """TOML text as a dict; a syntax error names the file and the place."""
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{source}: not valid TOML: {error}") from None
-
-
-def shipped(folder: str = "") -> dict[str, Any]:
-    """Name -> file of what is shipped in `baselines/` (or its folder `presets` or `studies`)."""
-    root = baselines_root().joinpath(folder) if folder else baselines_root()
-    return {item.name[:-5]: item for item in sorted(root.iterdir(), key=lambda item: item.name) if item.name.endswith(".toml")}
-
-
-def baselines_root() -> Any:
-    """`baselines/` inside an installed wheel, else the folder beside the package in a checkout."""
-    inside = resources.files("ichbench").joinpath("baselines")
-    return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / "baselines"
-
-
-def read_shipped(name: str, folder: str = "") -> tuple[str, str]:
-    """(where, text) of a shipped file by its name, or of a .toml file by its path."""
-    known = shipped(folder)
-    if name in known:
-        return f"{name}.toml", known[name].read_text(encoding="utf-8")
-    path = Path(name)
-    kind = {"": "arm", "presets": "preset", "studies": "study"}[folder]
-    if path.suffix != ".toml":
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise InputError(f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}; or give the path of a .toml file")
-    try:
-        return str(path), path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        # `baselines/studies/phe.toml` works from anywhere: what the wheel ships is found by its last name
-        if not path.exists() and path.stem in known and path.parent.name == (folder or "baselines"):
-            return path.name, known[path.stem].read_text(encoding="utf-8")
-        raise InputError(f"cannot read the {kind} file {path}: {error}") from None
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -355,17 +304,6 @@ def _lists_to_tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_lists_to_tuples(item) for item in value)
     return value
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"prepare.window": ...}: a stage's tables are opened, a value that is itself a table (a window) stays whole."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict) and key in MERGED:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _explain(error: ValidationError, source: str) -> str:

@@ -28,6 +28,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     ),
     "scoring": ("overlap", "surface", "protocol", "score", "probes"),
     "recipe": (),
+    "arms": (),
     "prepare": ("window", "resize", "downsample", "slices", "crop", "normalize", "resample", "fingerprint", "plan", "pipeline", "store"),
     "network": ("norm", "unet", "losses", "weights"),
     "inference": ("sliding", "predictors", "model"),

@@ -8,20 +8,11 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
+from ichbench.arms import load_arm, load_preset, shipped
 from ichbench.errors import InputError
 from ichbench.inference.predictors import PREDICTORS
 from ichbench.prepare.downsample import POOLING
-from ichbench.recipe import (
-    Downsample,
-    InferenceRecipe,
-    Recipe,
-    TrainingRecipe,
-    diff,
-    load_arm,
-    load_preset,
-    make_recipe,
-    shipped,
-)
+from ichbench.recipe import Downsample, InferenceRecipe, Recipe, TrainingRecipe, diff, make_recipe
 
 ARMS = sorted(shipped())
 
@@ -44,9 +35,10 @@ def test_only_the_stages_that_an_arm_names_get_another_key(name: str) -> None:
 @pytest.mark.parametrize("preset", sorted(shipped("presets")))
 def test_an_arm_keeps_its_keys_under_every_preset(name: str, preset: str) -> None:
     arm = load_arm(name, preset)
-    base = make_recipe(load_preset(preset))
+    # the preset at the arm's dimensions: what it gives to 2D or 3D alone is not the arm's doing
+    base = make_recipe(load_preset(preset), {"plan": {"dims": arm.recipe.plan.dims}})
     changed = {key: pair[1] for key, pair in diff(arm.recipe, base).items()}
-    assert set(changed) <= set(arm.changes)
+    assert set(changed) <= set(arm.changes) - {"plan.dims"}
     for key in set(arm.changes) - set(changed):
         # a preset may already say what an arm says, but never something else
         stage, _, field = key.partition(".")
@@ -111,6 +103,30 @@ def test_overlays_merge_stage_by_stage_but_values_replace() -> None:
     assert merged.training.augment.noise_probability == 0.5
 
 
+def test_a_preset_may_speak_to_2d_or_3d_alone() -> None:
+    preset = {"plan": {"batch_size": 2}, "when_2d": {"plan": {"patch_size": [64, 64]}}, "when_3d": {"plan": {"patch_size": [4, 32, 32]}}}
+    assert make_recipe(preset).plan.patch_size == (4, 32, 32)
+    assert make_recipe(preset, {"plan": {"dims": 2}}).plan.patch_size == (64, 64)
+    assert make_recipe(preset, {"plan": {"dims": 2, "patch_size": [16, 16]}}).plan.patch_size == (16, 16)
+    assert make_recipe(preset, {"plan": {"dims": 2}}).plan.batch_size == 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ({"when_2d": {"plan": {"patch_sise": [64, 64]}}}, "when_2d: unknown key 'plan.patch_sise'"),
+        ({"when_2d": {"plan": {"patch_size": [4, 64, 64]}}}, "patch_size has 3 entries, but dims = 2"),
+        ({"when_3d": {"plan": {"dims": 2}}}, "when_3d must be a table of recipe tables that leaves plan.dims alone"),
+        ({"when_2d": "no"}, "when_2d must be a table"),
+        ({"when_2d": {"plan": 3}}, "when_2d must be a table"),
+        ({"plan": 3}, "plan"),
+    ],
+)
+def test_what_a_preset_says_to_one_kind_is_checked_even_when_it_does_not_hold(preset: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_recipe(preset, source="mine.toml")
+
+
 def test_json_round_trip() -> None:
     for name in ARMS:
         recipe = load_arm(name).recipe
@@ -131,6 +147,9 @@ def test_arm_files_of_ones_own(tmp_path: Path) -> None:
     assert load_arm(path).changes == {"training.loss": "ce"}
     path.write_text('[training]\nloss = "ce"\n')
     with pytest.raises(InputError, match="must say why"):
+        load_arm(path)
+    path.write_text('why = "a part for 2D networks alone"\n[when_2d.plan]\nbatch_size = 3\n')
+    with pytest.raises(InputError, match="when_2d is for presets"):
         load_arm(path)
     path.write_text("why = [")
     with pytest.raises(InputError, match="not valid TOML"):

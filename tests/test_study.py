@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ichbench.ablation.study import make_study
+from ichbench.arms import shipped
 from ichbench.errors import InputError
-from ichbench.recipe import shipped
 
 
 @pytest.mark.parametrize("name", sorted(shipped("studies")))

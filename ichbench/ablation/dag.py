@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from ichbench.ablation.folds import Part, make_part
 from ichbench.ablation.study import UNTRAINED, Study
+from ichbench.arms import Arm
 from ichbench.cases.cohort import Cohort
 from ichbench.errors import InputError
 from ichbench.inference.predictors import find_mask
-from ichbench.recipe import Arm, digest
+from ichbench.recipe import digest
 
 Kind = Literal["prepare", "train", "predict", "score"]
 

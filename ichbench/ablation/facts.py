@@ -17,10 +17,10 @@ import ichbench
 from ichbench.ablation.dag import Dag, Result
 from ichbench.ablation.step import output_of, result_of
 from ichbench.ablation.study import Study
+from ichbench.arms import Arm
 from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_grid
-from ichbench.recipe import Arm
 from ichbench.scoring.score import Score, read_scores
 
 VERSIONS = ("torch", "numpy", "scipy", "nibabel", "surface-distance", "pydantic")

@@ -21,13 +21,14 @@ from ichbench.ablation.facts import collect_scores, recipe_json
 from ichbench.ablation.run import PHANTOM_COHORT, phantom_cohort
 from ichbench.ablation.settings import PHANTOM
 from ichbench.ablation.study import UNTRAINED, Study, make_study
+from ichbench.arms import shipped
 from ichbench.board.check import Difference, compare_digests, compare_scores, compare_text
 from ichbench.board.render import board_csv, board_markdown, build_board
 from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_labels
 from ichbench.errors import CaseError, InputError
-from ichbench.recipe import Recipe, diff, shipped
+from ichbench.recipe import Recipe, diff
 from ichbench.scoring.probes import probe_rows
 from ichbench.scoring.score import Score, read_scores, rows_for_case, write_scores
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ichbench.ablation.study import RunDefaults
+from ichbench.arms import shipped
 from ichbench.errors import InputError
-from ichbench.recipe import shipped
 from ichbench.scoring.protocol import get_protocol
 
 DEFAULT_STUDY = "preprocessing"

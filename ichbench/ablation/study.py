@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ichbench.arms import Arm, load_arm, load_overlay, load_preset, parse_toml, read_shipped, shipped
 from ichbench.errors import InputError
-from ichbench.recipe import Arm, Recipe, diff, load_arm, load_overlay, load_preset, make_recipe, parse_toml, read_shipped, shipped
+from ichbench.recipe import Recipe, diff, make_recipe
 
 #: arms whose masks need no training: they have neither fold nor seed
 UNTRAINED = ("threshold", "roundtrip", "folder")
