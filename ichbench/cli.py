@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -132,45 +133,56 @@ def phantom(
 
 @app.command()
 def score(
-    reference: Annotated[Path, typer.Argument(help="reference mask, or folder of masks")],
-    prediction: Annotated[Path, typer.Argument(help="predicted mask, or folder with files of the same names")],
-    protocol: Annotated[str, typer.Option(help="instance2022 or strict")] = "instance2022",
-    out: Annotated[Path | None, typer.Option(help="write scores.csv here")] = None,
+    reference: Annotated[Path, typer.Argument(help="reference mask, folder of masks, nnU-Net data set or INSTANCE folder")],
+    prediction: Annotated[Path, typer.Argument(help="predicted mask, or folder with files of the references' names")],
+    protocol: Annotated[str, typer.Option(help="scoring protocol: instance2022, strict, ...")] = "instance2022",
+    out: Annotated[Path | None, typer.Option(help="write scores.csv here: one line per number")] = None,
+    wide: Annotated[Path | None, typer.Option(help="write a CSV with one line per case here")] = None,
+    summary: Annotated[Path | None, typer.Option(help="write nnU-Net's summary.json here")] = None,
+    metrics_json: Annotated[Path | None, typer.Option(help="write grand-challenge's metrics.json here")] = None,
     each_label: Annotated[bool, typer.Option("--labels", help="also score every label by itself")] = False,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
+    dataset_json: Annotated[Path | None, typer.Option(help="labels and regions of plain files, from nnU-Net's dataset.json")] = None,
+    reorient: Annotated[bool, typer.Option("--reorient", help="turn predictions stored in another axis order; no resampling")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes (default: every available core for many cases)")] = None,
 ) -> None:
-    """Score masks against references, case by case, by the official rules. All labels above 0 count as one foreground."""
-    from ichbench.scoring.score import labels_present, score_files, score_folder, write_scores
+    """Score masks against references, case by case, by the official rules. All labels above 0 count as one foreground.
 
-    if not reference.exists():
-        raise InputError(f"{reference} does not exist; give a reference mask or a folder of them")
-    if reference.is_dir():
-        if not prediction.is_dir():
-            raise InputError(f"{reference} is a folder, but {prediction} is not; give two folders or two files")
-        rows = score_folder(reference, prediction, protocol, workers=workers, labels=labels_present(reference) if each_label else None)
-    else:
-        rows = score_files(reference, prediction, protocol, labels=labels_present(reference) if each_label else None)
-    _print_rows(rows)
-    if out is not None:
-        write_scores(out, rows)
-        typer.echo(f"\nwritten: {out}")
+    Every reference is scored: one without a prediction counts as empty. A pair that does not fit stops it, and nothing is written.
+    """
+    from ichbench.scoring.exports import Targets
+    from ichbench.scoring.folders import default_workers, labels_present, score_each
+    from ichbench.scoring.layouts import find_pairs
+    from ichbench.scoring.pairs import Settings
+    from ichbench.scoring.protocol import get_protocol
+    from ichbench.scoring.screen import Progress, score_text, warnings_of
+
+    rules, targets = get_protocol(protocol), Targets(out, wide, summary, metrics_json)
+    found = find_pairs(reference, prediction, dataset_json)
+    masks = [mask for pair in found.pairs for mask in (pair.reference, pair.prediction) if mask is not None]
+    targets.check(masks)
+    n_workers = default_workers(len(found.pairs)) if workers is None else workers
+    try:
+        labels = labels_present(masks, n_workers) if each_label and found.labels is None else found.labels
+        settings = Settings(rules, found.arm, "-", "-", labels, found.label_map, reorient, count_voxels=summary is not None)
+        with Progress(len(found.pairs), sys.stderr) as progress:
+            scored = list(progress.each(score_each(found.pairs, settings, n_workers)))
+    except KeyboardInterrupt:
+        typer.echo("\ninterrupted; nothing was written", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    typer.echo(score_text(scored, _mean_interval))
+    for warning in warnings_of(scored, [path.name for path in found.extra]):
+        typer.echo(f"warning: {warning}")
+    if targets.paths():
+        typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in targets.write(scored, rules, labels)))
 
 
-def _print_rows(rows: list[Any]) -> None:
-    from ichbench.board.render import board_text, build_board
+def _mean_interval(metric: str, values: Sequence[float]) -> tuple[float, float]:
+    import numpy as np
 
-    shown = ("dice", "nsd", "rvd", "hd", "hd95", "assd", "reference_ml", "predicted_ml")
-    cases: dict[str, dict[str, float]] = {}
-    for row in rows:
-        cases.setdefault(row.case, {})[row.metric] = row.value
-    width = max(4, *(len(name) for name in cases))
-    typer.echo("case".ljust(width) + "".join(name.rjust(14) for name in shown))
-    for name, values in cases.items():
-        mark = "  no prediction file" if values.get("missing") else "  empty prediction" if values.get("empty_prediction") else ""
-        typer.echo(name.ljust(width) + "".join(f"{values[metric]:14.4f}" for metric in shown) + mark)
-    if len(cases) > 1:
-        typer.echo("")
-        typer.echo(board_text(build_board(rows, base=None)))
+    from ichbench.board.summary import DEFAULT_RESAMPLES, generator_for, mean_interval
+
+    resamples = max(100, min(DEFAULT_RESAMPLES, 20_000_000 // max(len(values), 1)))  # bounds the memory: all draws are held at once
+    return mean_interval(np.array(values), generator_for(0, metric), resamples)
 
 
 @app.command()
@@ -198,7 +210,7 @@ def board(
 ) -> None:
     """Make a board from score rows."""
     from ichbench.board.render import board_text, build_board, write_board
-    from ichbench.scoring.score import read_scores
+    from ichbench.scoring.tables import read_scores
 
     rows = [row for path in scores for row in read_scores(path / "scores.csv" if path.is_dir() else path)]
     arms = sorted({row.arm for row in rows})

@@ -11,16 +11,20 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
-from ichbench.scoring.score import read_scores
+from ichbench.scoring.tables import read_scores
 
 CLI = [sys.executable, "-P", "-c", "from ichbench.cli import main; main()"]
 RUN = [sys.executable, "-P", "-c", "from ichbench.cli import run_ablation_main; run_ablation_main()"]
+
+
+Here = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def call(*arguments: object, command: list[str] = CLI, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -269,3 +273,183 @@ def test_paths_that_cannot_be_written_get_one_message(small_phantom: Path, tmp_p
     one_line(call("board", tmp_path / "s.csv", "--out", tmp_path / "file.txt"))
     assert "is not among the arms labelsTs" in one_line(call("board", tmp_path / "s.csv", "--base", "bsae"))
     assert (tmp_path / "file.txt").read_text() == "precious"
+
+
+# --- ichbench score ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """`call` without a new process."""
+    from ichbench.cli import main
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        before = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(sys, "argv", ["ichbench", *map(str, arguments)])
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), said.out, said.err)
+
+    return run
+
+
+def mask_file(path: Path, mask_ijk: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.Nifti1Image(mask_ijk.astype(np.uint8), np.diag([0.5, 0.5, 5, 1]) if affine is None else affine).to_filename(path)
+    return path
+
+
+def small_masks(folder: Path, n: int) -> tuple[Path, Path]:
+    """n references, the last without a prediction, and one prediction too many."""
+    rng = np.random.default_rng(n)
+    for number in range(n):
+        mask_file(folder / "refs" / f"{number:03d}.nii.gz", rng.random((9, 8, 5)) < 0.3)
+        mask_file(folder / "theirs" / f"{number + (number == n - 1) * 900:03d}.nii.gz", rng.random((9, 8, 5)) < 0.3)
+    return folder / "refs", folder / "theirs"
+
+
+def test_score_shows_and_writes_everything(here: Here, tmp_path: Path) -> None:
+    references, predictions = small_masks(tmp_path, 3)
+    out = tmp_path / "out"
+    options = [
+        "--out",
+        out / "scores.csv",
+        "--wide",
+        out / "wide.csv",
+        "--summary",
+        out / "summary.json",
+        "--metrics-json",
+        out / "metrics.json",
+    ]
+    done = here("score", references, predictions, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    shown = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
+    assert shown["3"] == ["3", "cases"]
+    assert shown["dice"][-5:] == ["3", "3", "1", "0", "1"]
+    assert shown["hd"][2:4] == ["inf", "(1)"]
+    assert "warning: 1 of 3 cases have no prediction and are scored as empty: 002" in done.stdout
+    assert "warning: 1 prediction(s) have no reference and are not scored: 902.nii.gz" in done.stdout
+    # table, warnings, what was written
+    places = [done.stdout.index(words) for words in ("metric", "warning:", "written:")]
+    assert places == sorted(places)
+    written = done.stdout.split("written:\n")[1].split()
+    assert sorted(written) == sorted(str(path) for path in out.iterdir())
+    rows = read_scores(out / "scores.csv")
+    assert {row.arm for row in rows} == {"theirs"}
+    assert {row.case for row in rows if row.metric == "missing" and row.value} == {"002"}
+    assert len((out / "wide.csv").read_text().splitlines()) == 4
+    assert json.loads((out / "metrics.json").read_text())["aggregates"]["HausdorffDistance"]["mean"] is None
+    assert json.loads((out / "summary.json").read_text())["metric_per_case"][2]["prediction_file"] is None
+    for name in ("scores.protocol.json", "wide.protocol.json"):
+        assert json.loads((out / name).read_text())["protocol"]["metrics"]["hd"]["empty_masks"]["empty_prediction"] == "inf"
+
+
+def test_score_with_workers_writes_the_same_bytes(tmp_path: Path) -> None:
+    references, predictions = small_masks(tmp_path, 21)
+    texts = []
+    for workers in (1, 2):
+        done = call("score", references, predictions, "--workers", workers, "--out", tmp_path / f"{workers}.csv")
+        assert done.returncode == 0, done.stderr
+        texts.append((tmp_path / f"{workers}.csv").read_bytes())
+        assert done.stderr.splitlines()[-1] == "scored 21 of 21 cases"
+        assert len(done.stderr.splitlines()) == 10
+    assert texts[0] == texts[1]
+
+
+def test_score_takes_a_data_set_with_regions(here: Here, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    reference = rng.integers(0, 4, (9, 8, 5))
+    mask_file(tmp_path / "set" / "labelsTs" / "a.nii.gz", reference)
+    mask_file(tmp_path / "p" / "a.nii.gz", np.where(reference == 2, 1, np.where(reference == 3, 0, reference)))
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    options = ["--protocol", "strict", "--out", tmp_path / "s.csv", "--summary", tmp_path / "s.json"]
+    done = here("score", tmp_path / "set", tmp_path / "p", *options)
+    assert done.returncode == 0, done.stderr
+    values = {row.metric: row.value for row in read_scores(tmp_path / "s.csv")}
+    assert (values["dice"], values["dice/whole"], values["dice/core"]) == (1.0, 1.0, 0.0)
+    assert list(json.loads((tmp_path / "s.json").read_text())["mean"]) == ["(1, 2)", "(2,)"]
+    files = [tmp_path / "set" / "labelsTs" / "a.nii.gz", tmp_path / "p" / "a.nii.gz"]
+    done = here("score", *files, "--dataset-json", tmp_path / "set" / "dataset.json")
+    assert done.returncode == 0, done.stderr
+    assert "dice/core" in done.stdout
+
+
+def test_score_turns_predictions_when_asked(here: Here, tmp_path: Path) -> None:
+    mask, affine = np.random.default_rng(0).random((9, 8, 5)) < 0.3, np.diag([0.5, 0.5, 5, 1])
+    flipped = affine @ np.diag([-1, 1, 1, 1])
+    flipped[0, 3] = 4.0
+    reference, prediction = mask_file(tmp_path / "r.nii.gz", mask), mask_file(tmp_path / "p.nii.gz", mask[::-1], flipped)
+    message = one_line(here("score", reference, prediction))
+    for words in (str(reference), str(prediction), "RAS", "LAS", "--reorient"):
+        assert words in message
+    done = here("score", reference, prediction, "--reorient", "--protocol", "strict")
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[-1] for line in done.stdout.splitlines() if line.startswith(("dice", "nsd"))} == {"1.000"}
+
+
+@pytest.mark.parametrize(
+    "kind", ["protocol", "absent", "file and folder", "shape", "damaged", "labels", "output", "twice", "over a mask", "json"]
+)
+def test_bad_input_of_score_is_one_message_and_nothing_overwritten(here: Here, tmp_path: Path, kind: str) -> None:
+    references, predictions = small_masks(tmp_path, 2)
+    (tmp_path / "scores.csv").write_text("precious")
+    arguments: list[object] = [references, predictions, "--out", tmp_path / "scores.csv"]
+    said = {
+        "protocol": "there is no protocol 'x'", "absent": "absent does not exist", "file and folder": "give two folders or two files",
+        "shape": "case 000: ", "damaged": "case 000: ", "labels": "case 000: ", "output": "file is not a folder", "twice": "written twice",
+        "over a mask": "is one of the masks", "json": "cannot be read as JSON",
+    }  # fmt: skip
+    match kind:
+        case "protocol":
+            arguments += ["--protocol", "x"]
+        case "absent":
+            arguments[1] = tmp_path / "absent"
+        case "file and folder":
+            arguments[1] = predictions / "000.nii.gz"
+        case "shape":
+            mask_file(predictions / "000.nii.gz", np.ones((9, 8, 4)))
+        case "damaged":
+            (predictions / "000.nii.gz").write_bytes(b"no image")
+        case "labels":
+            mask_file(predictions / "000.nii.gz", np.full((9, 8, 5), 3))
+            (tmp_path / "d.json").write_text('{"labels": {"background": 0, "clot": 1}}')
+            arguments += ["--dataset-json", tmp_path / "d.json"]
+        case "output":
+            (tmp_path / "file").write_text("precious")
+            arguments += ["--summary", tmp_path / "file" / "summary.json"]
+        case "twice":
+            arguments += ["--wide", tmp_path / "refs" / ".." / "scores.csv"]
+        case "over a mask":
+            arguments += ["--metrics-json", references / "000.nii.gz"]
+        case "json":
+            (tmp_path / "d.json").write_text("{")
+            arguments += ["--dataset-json", tmp_path / "d.json"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    message = one_line(here("score", *arguments))
+    assert said[kind] in message
+    if said[kind] == "case 000: ":
+        assert all(str(folder / "000.nii.gz") in message for folder in (references, predictions))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupted_score_writes_nothing(tmp_path: Path) -> None:
+    program = "import ichbench.scoring.folders as folders\ndef stop(*_):\n    yield from ()\n    raise KeyboardInterrupt\n"
+    program += "folders.score_each = stop\nfrom ichbench.cli import main\nmain()"
+    done = call("score", *small_masks(tmp_path, 2), "--out", tmp_path / "s.csv", command=[sys.executable, "-P", "-c", program])
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (75, "", "interrupted; nothing was written")
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_score_of_real_masks(here: Here, shared_data: Path, tmp_path: Path) -> None:
+    done = here("score", shared_data / "Dataset501_PHE", shared_data / "phe_derived_hematoma", "--metrics-json", tmp_path / "metrics.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "13 cases"
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["ichbench"]["cases"] == {"n": 13, "n_missing": 0, "n_empty_prediction": 1, "n_empty_reference": 0}
+    assert found["aggregates"]["HausdorffDistance"]["n_infinite"] == 1

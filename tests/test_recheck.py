@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from ichbench.ablation.recheck import MAX_MASK_BYTES, freeze_board
 from ichbench.errors import InputError
-from ichbench.scoring.score import read_scores
+from ichbench.scoring.tables import read_scores
 
 BOARD = ROOT / "leaderboard" / "phantom"
 CHECK = [sys.executable, "-P", "-c", "from ichbench.cli import main; main()", "check", str(BOARD)]

@@ -13,7 +13,8 @@ import pytest
 
 from ichbench.board.render import COLUMNS, TEXT_WIDTH, Board, board_csv, board_markdown, board_text, build_board, write_board
 from ichbench.errors import InputError
-from ichbench.scoring.score import Score, read_scores, score_masks, write_scores
+from ichbench.scoring.score import Score, score_masks
+from ichbench.scoring.tables import read_scores, write_scores
 
 INF, NAN = math.inf, math.nan
 LONG = "ceiling_roundtrip_downsample_random_and_more"

@@ -19,7 +19,7 @@ from ichbench.cases.cohort import read_cohort
 from ichbench.cases.images import read_labels, write_labels
 from ichbench.errors import InputError
 from ichbench.inference.model import load_model, predict_path
-from ichbench.scoring.score import read_scores
+from ichbench.scoring.tables import read_scores
 
 STUDY = 'why = "a small study"\n[factors]\nwindow = ["window_literal"]\ndims = ["unet25d"]\n'
 

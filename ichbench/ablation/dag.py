@@ -27,7 +27,7 @@ STAGE_MODULES: dict[Kind, tuple[str, ...]] = {
     "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.plan", "ichbench.prepare.store"),
     "train": ("ichbench.prepare.store", "ichbench.training.trainer"),
     "predict": ("ichbench.cases.cohort", "ichbench.inference.predictors", "ichbench.network.weights"),
-    "score": ("ichbench.cases.cohort", "ichbench.scoring.score"),
+    "score": ("ichbench.cases.cohort", "ichbench.scoring.score", "ichbench.scoring.tables"),
 }
 
 

@@ -21,7 +21,8 @@ from ichbench.arms import Arm
 from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_grid
-from ichbench.scoring.score import Score, read_scores
+from ichbench.scoring.score import Score
+from ichbench.scoring.tables import read_scores
 
 VERSIONS = ("torch", "numpy", "scipy", "nibabel", "surface-distance", "pydantic")
 
@@ -81,7 +82,7 @@ def environment() -> dict[str, Any]:
 
 def write_run(out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, finished: list[Result], about: dict[str, Any]) -> list[Score]:
     """Write the facts of a run: scores.csv, cases.csv, recipes/, run.json, models/ and predictions/. Returns the rows."""
-    from ichbench.scoring.score import write_scores
+    from ichbench.scoring.tables import write_scores
 
     rows = collect_scores(dag, root, finished)
     write_scores(out / "scores.csv", rows)

@@ -6,4 +6,5 @@ import ichbench.inference.sliding
 import ichbench.network.weights
 import ichbench.prepare.store
 import ichbench.scoring.score
+import ichbench.scoring.tables
 import ichbench.training.trainer  # noqa: F401

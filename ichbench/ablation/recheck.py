@@ -30,7 +30,8 @@ from ichbench.cases.images import read_labels
 from ichbench.errors import CaseError, InputError
 from ichbench.recipe import Recipe, diff
 from ichbench.scoring.probes import probe_rows
-from ichbench.scoring.score import Score, read_scores, rows_for_case, write_scores
+from ichbench.scoring.score import Score, rows_for_case
+from ichbench.scoring.tables import read_scores, write_scores
 
 #: Largest accepted change of an arm's mean when it is trained again on another machine (measured: README of the board).
 RERUN_TOLERANCES = {"dice": 0.05, "nsd": 0.05}

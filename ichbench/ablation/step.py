@@ -252,7 +252,8 @@ def _predict(task: Task) -> dict[str, Any]:
 def _score(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
     from ichbench.cases.images import read_labels
-    from ichbench.scoring.score import rows_for_case, write_scores
+    from ichbench.scoring.score import rows_for_case
+    from ichbench.scoring.tables import write_scores
 
     cohort = read_cohort(Path(task.where["cohort"]))
     _check_digests(cohort, task.spec["cases"])

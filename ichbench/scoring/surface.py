@@ -10,7 +10,9 @@ How it works. Each corner between eight voxels gets an 8-bit code of its neighbo
 
 The last bit matters. 0.42 mm is both the tolerance of the challenge and a common voxel edge, so a surface one voxel
 off lies exactly on the tolerance and must count as within it. Every distance is therefore built from integer offsets,
-sqrt((dz*sz)^2 + (dy*sy)^2 + (dx*sx)^2) summed in array order, as SciPy's distance transform does: the same bits.
+sqrt((dz*sz)^2 + (dy*sy)^2 + (dx*sx)^2) summed in array order, as SciPy's distance transform does: the same bits. Where two
+surfels are equally near, the two sums may differ in the last bit, and which one the transform picks is its own secret:
+when that decides about a tolerance (three voxels of 0.14 mm), the transform itself is asked (`SurfaceDistances.settled`).
 Reversing the axes can change a sum of three terms in its last bit; give arrays in file order to get the official bits.
 """
 
@@ -19,15 +21,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.errors import InputError
+from ichbench.scoring import lattice
 from ichbench.scoring.overlap import MaskArray, as_mask, as_spacing, check_same_shape
 
 Floats = NDArray[np.float64]
+
+#: lengths that differ by less, relative to themselves, may be one length summed in two ways
+TIE = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,36 +42,54 @@ class SurfaceDistances:
 
     reference_mm, reference_mm2   distance of each reference surfel to the predicted surface (inf where there is none), its area
     predicted_mm, predicted_mm2   the same from the predicted surface to the reference
+    spacing_mm                    voxel edges in array order
+    masks                         the two masks within their joint box; without them, distances are taken as they are
     """
 
     reference_mm: Floats
     reference_mm2: Floats
     predicted_mm: Floats
     predicted_mm2: Floats
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    masks: tuple[MaskArray, MaskArray] | None = None
+
+    @cached_property
+    def settled(self) -> SurfaceDistances:
+        """The same with every distance from SciPy's distance transform, as the official script computes them: slower."""
+        if self.masks is None:
+            return self
+        codes = [lattice.corner_codes(mask) for mask in self.masks]
+        surfels = [code + np.uint8(1) > 1 for code in codes]
+        sides = []
+        for own, other in ((0, 1), (1, 0)):
+            places = np.flatnonzero(surfels[own])
+            distances = _transform_mm(places, surfels[other], self.spacing_mm)
+            sides.append(_by_distance(distances, codes[own].take(places), surface_areas_mm2(self.spacing_mm)))
+        return SurfaceDistances(*sides[0], *sides[1], self.spacing_mm, self.masks)
 
 
-def surface_record(reference_zyx: MaskArray, predicted_zyx: MaskArray, spacing_zyx_mm: Sequence[float]) -> SurfaceDistances:
+def surface_record(
+    reference_zyx: MaskArray, predicted_zyx: MaskArray, spacing_zyx_mm: Sequence[float], boxes: Sequence[lattice.Box] | None = None
+) -> SurfaceDistances:
     """Surfels of both masks with their distances to the other surface.
 
     Arrays are 3D, of one shape; the spacing is in the order of the array axes, whichever that is. Masks may touch the
-    border (a surface is there) and may be empty. InputError for anything else.
+    border (a surface is there) and may be empty. `boxes`: `lattice.islands` of the two masks where they are already known.
+    InputError for anything else.
     """
     reference, predicted = as_mask(reference_zyx, "the reference"), as_mask(predicted_zyx, "the prediction")
     check_same_shape(reference.shape, predicted.shape)
     spacing_mm = as_spacing(spacing_zyx_mm)
-    box = joint_box(reference, predicted)
-    codes = [_corner_codes(mask[box]) for mask in (reference, predicted)]
-    # 0 and 255 are the two codes without a surface; adding 1 in uint8 makes them 1 and 0
-    surfels = [(code + np.uint8(1)) > 1 for code in codes]
-    places = [np.flatnonzero(surfel) for surfel in surfels]
+    boxes = lattice.islands(reference, predicted) if boxes is None else boxes
     areas_mm2 = surface_areas_mm2(spacing_mm)
-    sides: list[Floats] = []
-    for own, other in ((0, 1), (1, 0)):
-        distances = _distances_mm(places[own], surfels[other], bool(places[other].size), spacing_mm)
-        areas = areas_mm2[codes[own].reshape(-1)[places[own]]]
-        order = np.lexsort((areas, distances))
-        sides += [distances[order], areas[order]]
-    return SurfaceDistances(*sides)
+    by_area = np.argsort(areas_mm2, kind="stable")
+    sides = []
+    for side in lattice.surfaces(reference, predicted, spacing_mm, boxes):
+        distances, areas = _by_distance(side.mm, side.codes, areas_mm2)
+        shared_mm2 = np.repeat(areas_mm2[by_area], side.shared_codes[by_area])
+        sides.append((np.concatenate([np.zeros(shared_mm2.size), distances]), np.concatenate([shared_mm2, areas])))
+    box = _around(boxes)
+    return SurfaceDistances(*sides[0], *sides[1], spacing_mm, (reference[box], predicted[box]))
 
 
 def nsd(record: SurfaceDistances, tolerance_mm: float) -> float:
@@ -75,6 +99,8 @@ def nsd(record: SurfaceDistances, tolerance_mm: float) -> float:
     """
     if not (math.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise InputError(f"the tolerance is {tolerance_mm} mm; a finite number from 0 up is needed")
+    if _undecided(record, tolerance_mm):
+        record = record.settled
     total = np.sum(record.reference_mm2) + np.sum(record.predicted_mm2)
     if total == 0:
         return math.nan
@@ -110,16 +136,7 @@ def assd(record: SurfaceDistances) -> float:
 
 def joint_box(reference: MaskArray, predicted: MaskArray) -> tuple[slice, slice, slice]:
     """The smallest box that holds the foreground of both masks; of size 0 if there is none."""
-    union = reference | predicted
-    box = [slice(0, 0)] * 3
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        used = np.flatnonzero(union.any(axis=others))
-        if not used.size:
-            return slice(0, 0), slice(0, 0), slice(0, 0)
-        box[axis] = slice(int(used[0]), int(used[-1]) + 1)
-        union = union[(slice(None),) * axis + (box[axis],)]
-    return box[0], box[1], box[2]
+    return _around(lattice.islands(reference, predicted))
 
 
 @lru_cache(maxsize=256)
@@ -132,24 +149,56 @@ def surface_areas_mm2(spacing_mm: tuple[float, float, float]) -> Floats:
     return table
 
 
-def _corner_codes(mask: MaskArray) -> NDArray[np.uint8]:
-    """The 8-bit code of every voxel corner of a box, one more per axis than voxels; outside the box is background.
-
-    Weights [[[128, 64], [32, 16]], [[8, 4], [2, 1]]] over the voxels before and after the corner, axis by axis.
-    """
-    voxel = np.pad(mask, 1).view(np.uint8)
-    pair = 2 * voxel[:, :, :-1] | voxel[:, :, 1:]
-    quad = 4 * pair[:, :-1] | pair[:, 1:]
-    return np.asarray(16 * quad[:-1] | quad[1:], dtype=np.uint8)
+def _around(boxes: Sequence[lattice.Box]) -> lattice.Box:
+    if not boxes:
+        return slice(0, 0), slice(0, 0), slice(0, 0)
+    ends = [slice(min(box[axis].start for box in boxes), max(box[axis].stop for box in boxes)) for axis in range(3)]
+    return ends[0], ends[1], ends[2]
 
 
-def _distances_mm(places: NDArray[np.intp], targets: NDArray[np.bool_], reachable: bool, spacing_mm: tuple[float, float, float]) -> Floats:
-    """Distance from each of `places` (flat indices) to the nearest True of `targets`."""
-    if not (places.size and reachable):
+def _by_distance(distances: Floats, codes: NDArray[np.uint8], areas_mm2: Floats) -> tuple[Floats, Floats]:
+    """Distances and areas sorted by distance, then area. Integer keys sort several times faster than pairs of floats."""
+    order = np.argsort(distances)
+    distances = distances[order]
+    by_area = np.argsort(areas_mm2, kind="stable")
+    rank = np.empty(256, dtype=np.int64)
+    rank[by_area] = np.arange(256)
+    steps = np.zeros(distances.size, dtype=np.int64)
+    np.cumsum(distances[1:] != distances[:-1], out=steps[1:])
+    key = steps * 256 + rank[codes[order]]
+    key.sort()
+    return distances, areas_mm2[by_area][key & 255]
+
+
+def _undecided(record: SurfaceDistances, tolerance_mm: float) -> bool:
+    """Is a surfel so exactly at the tolerance that the last bit of its distance decides, and can that bit be either?"""
+    low, high = tolerance_mm * (1 - TIE), tolerance_mm * (1 + TIE)
+    sides = (record.reference_mm, record.predicted_mm)
+    if all(np.searchsorted(side, low, side="left") == np.searchsorted(side, high, side="right") for side in sides):
+        return False
+    return _straddled(record.spacing_mm, tolerance_mm)
+
+
+@lru_cache(maxsize=1024)
+def _straddled(spacing_mm: tuple[float, float, float], tolerance_mm: float) -> bool:
+    """Do offsets on this lattice that are equally long, and as long as the tolerance, fall on both sides of it by their last bit?"""
+    reach = [int(tolerance_mm * (1 + TIE) / edge) + 1 for edge in spacing_mm]
+    if reach[0] * reach[1] > 4_000_000:
+        return True  # too many to look at: the transform will know
+    first, second = ((np.arange(n + 1) * edge) ** 2 for n, edge in zip(reach[:2], spacing_mm[:2], strict=True))
+    rest = np.maximum(tolerance_mm**2 - (first[:, None] + second[None, :]), 0)
+    third = (np.rint(np.sqrt(rest) / spacing_mm[2]) * spacing_mm[2]) ** 2
+    lengths = np.sqrt(first[:, None] + second[None, :] + third)
+    close = lengths[np.abs(lengths - tolerance_mm) <= 2 * TIE * tolerance_mm]
+    return bool((close <= tolerance_mm).any() and (close > tolerance_mm).any())
+
+
+def _transform_mm(places: NDArray[np.intp], targets: NDArray[np.bool_], spacing_mm: tuple[float, float, float]) -> Floats:
+    """Distance from each of `places` (flat indices) to the nearest True of `targets`, by SciPy's distance transform."""
+    if not (places.size and targets.any()):
         return np.full(places.size, math.inf)
     from scipy import ndimage
 
-    # Asking for the indices alone keeps the floating-point work to the surfels instead of the whole box.
     nearest = ndimage.distance_transform_edt(~targets, sampling=spacing_mm, return_distances=False, return_indices=True)
     total = np.zeros(places.size)
     for axis, index in enumerate(np.unravel_index(places, targets.shape)):

@@ -1,0 +1,213 @@
+"""Which files are scored against which, and what their labels mean: everything that is known before a voxel is read.
+
+References: a mask file; a folder of masks; an nnU-Net raw data set (`dataset.json` with labelsTs or labelsTr); an INSTANCE
+folder (`label/`); a folder with a `cohort.csv`. Predictions: a mask file, or a folder of masks with the references' names, as
+nnU-Net writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ichbench.cases.folders import describe
+from ichbench.errors import InputError
+
+SUFFIXES = (".nii.gz", ".nii")
+#: Where the masks of an INSTANCE folder may lie: as unpacked, or as downloaded.
+INSTANCE_FOLDERS = ("label", "train_2/label", "train/label")
+
+#: name -> label value, or the values that a region merges; a label named "ignore" is left out of both masks.
+Labels = Mapping[str, int | tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One reference and its prediction: two paths, or two 3D arrays or tensors with their spacing.
+
+    prediction        None where there is none: scored as an empty one, and counted as missing
+    spacing_zyx_mm    voxel edges in the order of the array axes; for arrays only, files bring their own
+    """
+
+    case: str
+    reference: Any
+    prediction: Any | None
+    spacing_zyx_mm: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pairing:
+    """What is scored: `pairs` by case id; `extra` are predictions without a reference, which are not scored.
+
+    labels      what the data set declares, None where nothing does
+    label_map   applied to the references on reading (value in the file -> value to use), as cohorts do
+    arm         the name of the prediction folder
+    """
+
+    pairs: tuple[Pair, ...]
+    labels: Labels | None = None
+    label_map: Mapping[int, int] | None = None
+    extra: tuple[Path, ...] = ()
+    arm: str = "prediction"
+
+
+def find_pairs(reference: Path, prediction: Path, dataset_json: Path | None = None) -> Pairing:
+    """Pair two files, or match a prediction folder to the references; a reference without a prediction is a pair too.
+
+    Names are matched without .nii or .nii.gz. `dataset_json` declares labels and regions where the references are plain files.
+    InputError: a path that is missing, a file beside a folder, no reference, two files of one case, and names of which none match.
+    """
+    declared = _declared(dataset_json) if dataset_json is not None else None
+    if not reference.exists():
+        raise InputError(f"{reference} does not exist; give a reference mask or a folder of them")
+    if not prediction.exists():
+        raise InputError(f"{prediction} does not exist; give a predicted mask or a folder of them")
+    if reference.is_dir() != prediction.is_dir():
+        kinds = ("a folder", "a file") if reference.is_dir() else ("a file", "a folder")
+        raise InputError(f"{reference} is {kinds[0]}, but {prediction} is {kinds[1]}; give two folders or two files")
+    if not reference.is_dir():
+        labels, label_map = declared or (None, None)
+        return Pairing((Pair(case_id(reference), reference, prediction),), labels, label_map)
+    references, found = references_in(reference)
+    labels, label_map = declared or found
+    predictions = files_by_case(prediction)
+    matched = references.keys() & predictions.keys()
+    # an empty folder is a submission of nothing; a full one without a match is a mistake in the names
+    if predictions and not matched:
+        example = references[min(references)]
+        raise InputError(
+            f"{prediction} holds no prediction for any of the {len(references)} references in {example.parent}; files must bear the "
+            f"references' names, such as {example.name}" + _elsewhere(reference, example.parent, predictions)
+        )
+    pairs = tuple(Pair(case, path, predictions.get(case)) for case, path in sorted(references.items()))
+    extra = tuple(path for case, path in sorted(predictions.items()) if case not in matched)
+    return Pairing(pairs, labels, label_map, extra, prediction.resolve().name or "prediction")
+
+
+def references_in(folder: Path) -> tuple[dict[str, Path], tuple[Labels | None, Mapping[int, int] | None]]:
+    """The reference masks of a folder by case, with the labels and the label map that it declares."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give the folder of the reference masks")
+    if (folder / "dataset.json").is_file():
+        declared = _declared(folder / "dataset.json")
+        for name in ("labelsTs", "labelsTr", "."):
+            found = files_by_case(folder / name) if (folder / name).is_dir() else {}
+            if found:
+                return found, declared
+        raise InputError(f"{folder} holds no reference: it has a dataset.json, but no mask in labelsTs or labelsTr ending in {_or()}")
+    if (folder / "cohort.csv").is_file():
+        cohort = describe(folder)
+        labelled = {record.id: (record.split, record.label) for record in cohort.records if record.label is not None}
+        split = "test" if any(split == "test" for split, _ in labelled.values()) else "train"
+        files = {case: path for case, (its, path) in labelled.items() if its == split}
+        ignore = {} if cohort.ignore_label is None else {"ignore": cohort.ignore_label}
+        if files:
+            return files, (cohort.labels | ignore, cohort.label_map)
+        raise InputError(f"{folder} holds no reference: no case of its cohort.csv has a mask")
+    flat = files_by_case(folder)
+    if flat:
+        return flat, (None, None)
+    for name in INSTANCE_FOLDERS:
+        if (folder / name).is_dir() and (found := files_by_case(folder / name)):
+            return found, (None, None)
+    raise InputError(
+        f"{folder} holds no reference: no file ends in {_or()}, and it is neither an nnU-Net data set (dataset.json with labelsTs or "
+        "labelsTr) nor an INSTANCE folder (label/)"
+    )
+
+
+def files_by_case(folder: Path) -> dict[str, Path]:
+    """The NIfTI files of a folder by case id, sorted; hidden files and other kinds are passed over."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        # files such as ._001.nii.gz are left behind by macOS and are no images
+        if path.name.startswith(".") or not path.name.endswith(SUFFIXES) or not path.is_file():
+            continue
+        case = case_id(path)
+        if case in found:
+            raise InputError(f"{folder} holds two files of case {case}: {found[case].name} and {path.name}; remove one")
+        found[case] = path
+    return found
+
+
+def case_id(path: Path) -> str:
+    """The file name without .nii or .nii.gz."""
+    suffix = next((end for end in SUFFIXES if path.name.endswith(end)), "")
+    return path.name.removesuffix(suffix)
+
+
+def regions_of(labels: Labels) -> dict[str, tuple[int, ...]]:
+    """What has rows of its own, as row suffix -> label values: a plain label goes by its value, a region by its name.
+
+    Background and "ignore" have none. `{"background": 0, "tumor": (1, 2), "core": 2}` gives `{"tumor": (1, 2), "2": (2,)}`.
+    """
+    parts: dict[str, tuple[int, ...]] = {}
+    for name, value in labels.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if name != "ignore" and set(values) != {0}:
+            parts[name if isinstance(value, tuple) else str(value)] = values
+    return parts
+
+
+def check_labels(declared: object, where: str) -> Labels:
+    """`declared` as name -> value or values, as nnU-Net's dataset.json writes it; InputError that begins with `where`.
+
+    The older form of nnU-Net 1 and the Decathlon, `{"0": "background", "1": "clot"}`, is turned round.
+    """
+    if isinstance(declared, Mapping) and declared and all(str(key).isdigit() and isinstance(name, str) for key, name in declared.items()):
+        declared = {name: int(key) for key, name in declared.items()}
+    if not isinstance(declared, Mapping) or not declared:
+        raise InputError(f'{where}: labels are {declared!r}; they must be {{"background": 0, "name": 1, "region": [1, 2], ...}}')
+    labels: dict[str, int | tuple[int, ...]] = {}
+    for name, value in declared.items():
+        values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        if not values or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+            raise InputError(f"{where}: label {name!r} is {value!r}; a whole number from 0 up, or a list of them for a region, is needed")
+        if not isinstance(name, str) or not name or not name.isprintable() or "/" in name:
+            raise InputError(f"{where}: the label name {name!r} cannot stand in a row; use printable characters without '/'")
+        labels[name] = values if isinstance(value, (list, tuple)) else int(values[0])
+    if isinstance(labels.get("ignore"), tuple):
+        raise InputError(f"{where}: the label 'ignore' is {labels['ignore']}; it must be one value")
+    parts = regions_of(labels)
+    n_named = sum(name != "ignore" and value not in (0, (0,)) for name, value in labels.items())
+    if not parts or len(parts) < n_named:
+        what = "two of them would have rows of one name; rename one" if parts else "at least one besides background is needed"
+        raise InputError(f"{where}: labels are {labels}; {what}")
+    return labels
+
+
+def _declared(path: Path) -> tuple[Labels, Mapping[int, int] | None]:
+    """Labels and label map of a dataset.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); give nnU-Net's dataset.json") from error
+    if not isinstance(content, dict) or "labels" not in content:
+        raise InputError(f'{path} declares no "labels"; give nnU-Net\'s dataset.json')
+    ending = content.get("file_ending", SUFFIXES[0])
+    if ending not in SUFFIXES:
+        raise InputError(f'{path}: "file_ending" is {ending!r}; only {_or()} can be scored: convert the masks to NIfTI')
+    mapping = content.get("label_map")
+    if mapping is None:
+        return check_labels(content["labels"], str(path)), None
+    if not isinstance(mapping, dict) or not all(type(new) is int for new in mapping.values()) or not all(map(str.isdigit, mapping)):
+        raise InputError(f'{path}: "label_map" is {mapping!r}; it must be {{"value in the file": value to use, ...}} in integers')
+    return check_labels(content["labels"], str(path)), {int(old): new for old, new in mapping.items()}
+
+
+def _elsewhere(reference: Path, used: Path, predictions: Mapping[str, Path]) -> str:
+    """A word on the training labels of a data set, where it is those that the predictions match."""
+    other = reference / "labelsTr"
+    if used.name != "labelsTs" or not other.is_dir():
+        return ""
+    n = len(files_by_case(other).keys() & predictions.keys())
+    return f". {n} match {other}: give that folder, with --dataset-json {reference / 'dataset.json'}" if n else ""
+
+
+def _or() -> str:
+    return " or ".join(SUFFIXES)

@@ -1,0 +1,181 @@
+"""One pair of masks, from files or arrays, -> rows and voxel counts. Every error names the case and its files.
+
+Masks are read in the order of the file's axes, so that distances are summed as the official script sums them.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ichbench.errors import CaseError, InputError
+from ichbench.scoring import overlap
+from ichbench.scoring.geometry import onto_reference
+from ichbench.scoring.layouts import Labels, Pair, regions_of
+from ichbench.scoring.protocol import Protocol
+from ichbench.scoring.score import Score, rows_for_case
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """How pairs are scored; the fields are the arguments of `folders.score_pairs`.
+
+    label_map      value in a reference file -> value to use
+    count_voxels   also fill `Scored.voxels`
+    """
+
+    protocol: Protocol
+    arm: str = "prediction"
+    fold: str = "-"
+    seed: str = "-"
+    labels: Labels | None = None
+    label_map: Mapping[int, int] | None = None
+    reorient: bool = False
+    count_voxels: bool = False
+
+
+@dataclass(frozen=True)
+class Voxels:
+    """Voxels of one label that are right, too many, missed, and rightly left alone; ignored voxels are in none of them."""
+
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One case: its rows, its files (None for arrays, and for a missing prediction), and what the reader warned of.
+
+    voxels   by row suffix (`layouts.regions_of`), "" for the whole foreground where no labels are declared; empty unless asked for
+    """
+
+    case: str
+    reference: Path | None
+    prediction: Path | None
+    rows: tuple[Score, ...]
+    voxels: Mapping[str, Voxels]
+    notes: tuple[str, ...]
+
+
+class _Masks(NamedTuple):
+    """Labels on one grid; `predicted` is None for a missing prediction."""
+
+    reference: Any
+    predicted: Any | None
+    spacing_zyx_mm: Sequence[float]
+    voxel_ml: float | None
+
+
+def score_pair(task: tuple[Settings, Pair]) -> Scored:
+    """Read, compare and score one pair; a pair that does not fit is an InputError, anything unforeseen a CaseError."""
+    settings, pair = task
+    files = {what: path for what, path in (("reference", pair.reference), ("prediction", pair.prediction)) if isinstance(path, Path)}
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            masks = _read(pair, settings.reorient)
+            if settings.label_map:
+                masks = masks._replace(reference=_mapped(masks.reference, settings.label_map))
+            rows = _rows(settings, pair.case, masks)
+            voxels = _voxels(settings.labels, masks) if settings.count_voxels else {}
+    except InputError as error:
+        text = str(error)
+        unnamed = ", ".join(f"{what} {path}" for what, path in files.items() if str(path) not in text)
+        head = "" if text.startswith(f"case {pair.case}") else f"case {pair.case}: "
+        raise InputError(head + text + (f" ({unnamed})" if unnamed else "")) from error
+    except Exception as error:
+        named = ", ".join(f"{what} {path}" for what, path in files.items()) or "arrays"
+        reason = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+        raise CaseError(f"case {pair.case} could not be scored: {reason} ({named})") from error
+    notes = tuple(dict.fromkeys(str(item.message) for item in caught))
+    return Scored(pair.case, files.get("reference"), files.get("prediction"), tuple(rows), voxels, notes)
+
+
+def as_pair(given: Pair | tuple[Any, ...]) -> Pair:
+    """Paths as `Path`, all else as arrays (a tensor cannot be handed to another process without torch there), or an InputError."""
+    if not isinstance(given, Pair) and len(given) not in (3, 4):
+        raise InputError(f"a pair is (case, reference, prediction), for arrays with spacing_zyx_mm as well, but {len(given)} things came")
+    pair = given if isinstance(given, Pair) else Pair(*given)
+    sides = {"reference": pair.reference} | ({} if pair.prediction is None else {"prediction": pair.prediction})
+    paths = [isinstance(side, (str, os.PathLike)) for side in sides.values()]
+    if pair.reference is None or any(paths) != all(paths):
+        raise InputError(f"case {pair.case}: give two paths or two arrays (the prediction may be None: a missing one)")
+    if all(paths):
+        return Pair(pair.case, Path(pair.reference), None if pair.prediction is None else Path(pair.prediction))
+    if pair.spacing_zyx_mm is None:
+        raise InputError(f"case {pair.case}: arrays come with spacing_zyx_mm, three numbers in mm, one per array axis")
+    arrays = {name: overlap.as_labels(side, f"case {pair.case}: the {name}") for name, side in sides.items()}
+    return Pair(pair.case, arrays["reference"], arrays.get("prediction"), pair.spacing_zyx_mm)
+
+
+def _read(pair: Pair, reorient: bool) -> _Masks:
+    if not isinstance(pair.reference, Path):
+        return _Masks(pair.reference, pair.prediction, pair.spacing_zyx_mm or (), None)
+    from ichbench.cases.images import read_labels
+
+    reference, grid = read_labels(pair.reference, keep_file_order=True)
+    predicted = None
+    if pair.prediction is not None:
+        predicted = onto_reference(*read_labels(pair.prediction, keep_file_order=True), grid, reorient)
+    # the voxels of a sheared grid are smaller than the product of the spacings
+    return _Masks(reference, predicted, grid.spacing_zyx_mm, None if grid.is_regular else grid.voxel_ml)
+
+
+def _mapped(labels_zyx: Any, label_map: Mapping[int, int]) -> Any:
+    mapped = labels_zyx.copy()
+    for old, new in label_map.items():
+        mapped[labels_zyx == old] = new
+    return mapped
+
+
+def _rows(settings: Settings, case: str, masks: _Masks) -> list[Score]:
+    """Rows of the whole and of every declared label or region. Arrays are (z, y, x), so a file's order is the reverse."""
+
+    def rows(reference: Any, predicted: Any | None, labels: Mapping[str, int] | None = None) -> list[Score]:
+        names = (settings.arm, settings.fold, settings.seed, case)
+        spacing, voxel_ml = masks.spacing_zyx_mm, masks.voxel_ml
+        return rows_for_case(*names, reference, predicted, spacing, settings.protocol, labels, (2, 1, 0), voxel_ml)
+
+    labels = settings.labels
+    plain = {name: value for name, value in (labels or {}).items() if isinstance(value, int)}
+    if labels is None or len(plain) == len(labels):
+        return rows(masks.reference, masks.predicted, None if labels is None else plain)
+    declared = {0} | {value for values in labels.values() for value in (values if isinstance(values, tuple) else (values,))}
+    for what, side in (("reference", masks.reference), ("prediction", masks.predicted)):
+        unknown = [] if side is None else sorted({int(value) for value in np.unique(side)} - declared)
+        if unknown:
+            raise InputError(f"case {case}: the {what} contains the label(s) {unknown}, but the declared ones are {dict(labels)}")
+    used = _used(labels, masks.reference)
+    sides = (masks.reference * used, None if masks.predicted is None else masks.predicted * used)
+    found = rows(*sides)
+    for key, values in regions_of(labels).items():
+        own, other = (None if side is None else np.isin(side, values) for side in sides)
+        of_region = rows(own, other)
+        found += [row._replace(metric=f"{row.metric}/{key}") for row in of_region if row.metric != "missing"]
+    return found
+
+
+def _voxels(labels: Labels | None, masks: _Masks) -> dict[str, Voxels]:
+    used = _used(labels or {}, masks.reference)
+    predicted = np.zeros(masks.reference.shape, dtype=np.bool_) if masks.predicted is None else masks.predicted
+    counts: dict[str, Voxels] = {}
+    for key, values in (regions_of(labels or {}) or {"": ()}).items():
+        own, other = ((np.isin(side, values) if values else side != 0) & used for side in (masks.reference, predicted))
+        found = overlap.count(own, other)
+        union = found.reference + found.predicted - found.both
+        total = int(np.count_nonzero(used))
+        counts[key] = Voxels(found.both, found.predicted - found.both, found.reference - found.both, total - union)
+    return counts
+
+
+def _used(labels: Labels, reference: Any) -> Any:
+    """Where the reference does not say "ignore"."""
+    return reference != labels["ignore"] if "ignore" in labels else np.ones(reference.shape, dtype=np.bool_)
