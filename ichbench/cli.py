@@ -141,6 +141,10 @@ def score(
     summary: Annotated[Path | None, typer.Option(help="write nnU-Net's summary.json here")] = None,
     metrics_json: Annotated[Path | None, typer.Option(help="write grand-challenge's metrics.json here")] = None,
     each_label: Annotated[bool, typer.Option("--labels", help="also score every label by itself")] = False,
+    metrics: Annotated[str | None, typer.Option(help="instead of the protocol's: dice,nsd@1.0,hd@90,lesion_f1@10,...")] = None,
+    definitions: Annotated[bool, typer.Option("--definitions", help="the same masks as other tools define the metrics")] = False,
+    curve: Annotated[bool, typer.Option("--curve", help="surface Dice (NSD) against its tolerance")] = False,
+    anomalies: Annotated[bool, typer.Option(help="warn of what is odd about a prediction; scores stay as they are")] = True,
     dataset_json: Annotated[Path | None, typer.Option(help="labels and regions of plain files, from nnU-Net's dataset.json")] = None,
     reorient: Annotated[bool, typer.Option("--reorient", help="turn predictions stored in another axis order; no resampling")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (default: every available core for many cases)")] = None,
@@ -149,27 +153,41 @@ def score(
 
     Every reference is scored: one without a prediction counts as empty. A pair that does not fit stops it, and nothing is written.
     """
+    from dataclasses import replace
+
+    from ichbench.scoring.definitions import fold_definitions, mean_curve, render_curve, render_matrix
     from ichbench.scoring.exports import Targets
     from ichbench.scoring.folders import default_workers, labels_present, score_each
     from ichbench.scoring.layouts import find_pairs
     from ichbench.scoring.pairs import Settings
     from ichbench.scoring.protocol import get_protocol
-    from ichbench.scoring.screen import Progress, score_text, warnings_of
+    from ichbench.scoring.score import check_metrics
+    from ichbench.scoring.screen import Progress, detection_text, score_text, warnings_of
 
     rules, targets = get_protocol(protocol), Targets(out, wide, summary, metrics_json)
+    if metrics is not None:
+        rules = replace(rules, metrics=check_metrics(metrics.split(",")))
     found = find_pairs(reference, prediction, dataset_json)
     masks = [mask for pair in found.pairs for mask in (pair.reference, pair.prediction) if mask is not None]
     targets.check(masks)
     n_workers = default_workers(len(found.pairs)) if workers is None else workers
     try:
         labels = labels_present(masks, n_workers) if each_label and found.labels is None else found.labels
-        settings = Settings(rules, found.arm, "-", "-", labels, found.label_map, reorient, count_voxels=summary is not None)
+        settings = Settings(
+            rules, found.arm, "-", "-", labels, found.label_map, reorient, summary is not None, definitions, curve, anomalies
+        )
         with Progress(len(found.pairs), sys.stderr) as progress:
             scored = list(progress.each(score_each(found.pairs, settings, n_workers)))
     except KeyboardInterrupt:
         typer.echo("\ninterrupted; nothing was written", err=True)
         raise typer.Exit(INTERRUPTED) from None
     typer.echo(score_text(scored, _mean_interval))
+    if text := detection_text(scored):
+        typer.echo(text)
+    if definitions:
+        typer.echo("\n" + render_matrix(fold_definitions(one.definitions for one in scored)).rstrip())
+    if curve:
+        typer.echo("\n" + render_curve(mean_curve(one.curve for one in scored)).rstrip())
     for warning in warnings_of(scored, [path.name for path in found.extra]):
         typer.echo(f"warning: {warning}")
     if targets.paths():

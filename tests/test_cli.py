@@ -453,3 +453,37 @@ def test_score_of_real_masks(here: Here, shared_data: Path, tmp_path: Path) -> N
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["ichbench"]["cases"] == {"n": 13, "n_missing": 0, "n_empty_prediction": 1, "n_empty_reference": 0}
     assert found["aggregates"]["HausdorffDistance"]["n_infinite"] == 1
+
+
+def test_score_says_more_when_asked(here: Here, tmp_path: Path) -> None:
+    """Case 0: one voxel of 0.43 mm off (headers hold float32: slightly more); case 1: no bleed, none found; case 2: none, but a speck."""
+    ball = np.zeros((40, 40, 6), dtype=np.uint8)
+    ball[10:20, 10:20, 1:5] = 1
+    speck = np.zeros_like(ball)
+    speck[30, 30, 3] = 1
+    pairs = [(ball, np.roll(ball, 1, axis=0)), (0 * ball, 0 * ball), (0 * ball, speck)]
+    affine = np.diag([0.43, 0.43, 5.0, 1.0])
+    for number, (reference, predicted) in enumerate(pairs):
+        mask_file(tmp_path / "r" / f"{number}.nii.gz", reference, affine)
+        mask_file(tmp_path / "p" / f"{number}.nii.gz", predicted, affine)
+    more = ("--metrics", "dice,nsd@0.44,lesion_f1,lesion_fp@0,volume_bias_ml", "--definitions", "--curve")
+    done = here("score", tmp_path / "r", tmp_path / "p", *more, "--out", tmp_path / "s.csv")
+    assert done.returncode == 0, done.stderr
+    values = {(row.case, row.metric): row.value for row in read_scores(tmp_path / "s.csv")}
+    assert values["0", "nsd@0.44"] == 1.0
+    assert values["0", "lesion_f1"] == 1.0
+    assert values["2", "lesion_fp@0"] == 1.0
+    assert {metric for _, metric in values} == {
+        *("dice", "nsd@0.44", "lesion_f1", "lesion_fp@0", "volume_bias_ml", "missing", "empty_prediction", "empty_reference")
+    }
+    assert "nsd: the definition alone moves the mean by" in done.stdout
+    curve = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.strip().startswith(("0.42 ", "0.45 "))}
+    assert float(curve["0.42"]) < float(curve["0.45"])
+    assert "guard_blob in 1 of 3 cases (2)" in done.stdout
+    quiet = here("score", tmp_path / "r", tmp_path / "p", "--no-anomalies")
+    assert "guard_blob" not in quiet.stdout
+    # with the volumes among the metrics, the cases are told apart as well
+    assert "case detection (any foreground): sensitivity 1.000" in quiet.stdout
+    assert "specificity 0.500" in quiet.stdout
+    for wrong in ("dice,bogus", "lesion_f1@5", "nsd@x", ""):
+        one_line(here("score", tmp_path / "r", tmp_path / "p", "--metrics", wrong))

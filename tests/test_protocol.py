@@ -31,7 +31,19 @@ DECLARED = {
         "hd95": (math.inf, math.inf, 0.0),
         "assd": (math.inf, math.inf, 0.0),
     },
+    # facts, C3
+    "kits": {"dice": (0.0, 0.0, 1.0), "nsd": (0.0, 0.0, 1.0)},
+    "brats": {"dice": (0.0, 0.0, 1.0), "hd95": (374.0, 374.0, 0.0)},
+    "toothfairy": {"dice": (0.0, 0.0, 1.0), "hd95": ("diagonal", "diagonal", 0.0)},
+    "monai": {
+        "dice": (0.0, "drop", "drop"),
+        "nsd_voxels": (0.0, 0.0, "drop"),
+        "hd_directional": (math.inf, math.inf, "drop"),
+        "hd_directional@95": ("drop", "drop", "drop"),
+    },
+    "nnunet": {"dice": (0.0, 0.0, math.nan), "iou": (0.0, 0.0, math.nan)},
 }
+TOLERANCES_MM = {"instance2022": 0.42, "strict": 0.42, "kits": 1.033, "monai": 0.42}
 
 
 @pytest.mark.parametrize("name", list(PROTOCOLS))
@@ -49,11 +61,14 @@ def test_a_protocol_names_known_metrics_and_says_what_it_is(name: str) -> None:
     protocol = PROTOCOLS[name]
     assert protocol.name == name
     assert protocol.text
-    assert set(protocol.metrics) >= {"dice", "nsd", "rvd", "hd", "hd95", "assd", "reference_ml", "predicted_ml"}
-    assert set(protocol.metrics) <= set(FORMULAS)
+    least = {"dice", "reference_ml", "predicted_ml"}
+    if name in ("instance2022", "strict"):
+        least |= {"nsd", "rvd", "hd", "hd95", "assd"}
+    assert set(protocol.metrics) >= least
+    assert {split_metric(metric)[0] for metric in protocol.metrics} <= set(FORMULAS)
     assert len(set(rule.metric for rule in protocol.empties)) == len(protocol.empties)
-    assert {rule.metric for rule in protocol.empties} <= set(FORMULAS)
-    assert protocol.tolerance_mm == 0.42
+    assert {split_metric(rule.metric)[0] for rule in protocol.empties} <= set(FORMULAS)
+    assert protocol.tolerance_mm == TOLERANCES_MM.get(name, protocol.tolerance_mm)
     travelled = pickle.loads(pickle.dumps(protocol))  # noqa: S301  (as it goes to worker processes; nan keeps == from holding)
     assert repr(travelled) == repr(protocol)
     assert hash(protocol) == hash(get_protocol(name))
@@ -70,9 +85,15 @@ def test_metric_table_is_complete_and_its_directions_are_right() -> None:
     assert set(METRICS) == set(FORMULAS) | set(MARKS)
     assert set(PARAMETERS) <= set(FORMULAS)
     assert all(metric.name == name and metric.text for name, metric in METRICS.items())
-    assert {name for name, metric in METRICS.items() if metric.better == "higher"} == {"dice", "nsd", "iou", "sensitivity", "precision"}
-    assert {name for name, metric in METRICS.items() if metric.better == "lower"} == {"rvd", "hd", "hd95", "assd", "missing"}
-    assert {name for name, metric in METRICS.items() if metric.unit == "mm"} == {"hd", "hd95", "assd"}
+    assert {name for name, metric in METRICS.items() if metric.better == "lower"} == {
+        *("rvd", "hd", "hd95", "assd", "missing", "hd_directional", "hd_pooled", "lesion_fp", "lesionwise_hd95"),
+    }
+    assert {name for name, metric in METRICS.items() if metric.better == "none"} == {
+        *("reference_ml", "predicted_ml", "volume_bias_ml", "rvd_signed", "empty_prediction", "empty_reference"),
+    }
+    assert {name for name, metric in METRICS.items() if metric.unit == "mm"} == {
+        *("hd", "hd95", "assd", "hd_directional", "hd_pooled", "lesionwise_hd95"),
+    }
 
 
 def test_metric_names() -> None:
@@ -91,5 +112,5 @@ def test_lookup() -> None:
     assert get_protocol(own) is own
     assert own.empty_rule("iou") == EmptyRule("iou", 0.0, 0.0, 1.0)
     assert dataclasses.replace(own, empties=()).empty_rule("iou") == EmptyRule("iou", None, None, None)
-    with pytest.raises(InputError, match=r"'kits'.*instance2022, strict"):
-        get_protocol("kits")
+    with pytest.raises(InputError, match=r"'isles'.*instance2022, strict"):
+        get_protocol("isles")

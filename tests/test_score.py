@@ -110,13 +110,52 @@ def test_a_valid_pair_never_raises(data: st.DataObject, shape: tuple[int, int, i
     """Zero-size, one-voxel, one-slice, full and empty masks included; dice, hd, nsd and assd do not care which is which."""
     masks = [data.draw(hnp.arrays(bool, shape)) for _ in range(2)]
     found = score_masks(masks[0], masks[1], SPACING, protocol, tuple(FORMULAS))
-    assert set(found) == set(FORMULAS)
-    swapped = score_masks(masks[1], masks[0], SPACING, protocol)
-    for key in ("dice", "nsd", "hd", "hd95", "assd"):
-        assert swapped[key] == pytest.approx(found[key], rel=1e-14, nan_ok=True)
-    for key in ("dice", "nsd", "iou", "sensitivity", "precision"):
-        assert not found[key] < 0
-        assert not found[key] > 1
+    # a protocol may drop a row where a mask is empty, and only there
+    assert set(found) <= set(FORMULAS) if not (masks[0].any() and masks[1].any()) else set(found) == set(FORMULAS)
+    swapped = score_masks(masks[1], masks[0], SPACING, protocol, tuple(FORMULAS))
+    for key in {"dice", "nsd", "hd", "hd95", "assd", "iou", "hd_pooled", "nsd_voxels", "boundary_iou"} & found.keys() & swapped.keys():
+        assert swapped[key] == pytest.approx(found[key], rel=1e-14, nan_ok=True), key
+    for key in {"dice", "nsd", "iou", "sensitivity", "precision", "lesion_f1", "pq", "lesionwise_dice", "boundary_iou"} & found.keys():
+        assert not found[key] < 0, key
+        assert not found[key] > 1, key
+
+
+def test_policies_that_are_no_number() -> None:
+    mask, empty = box_mask(), np.zeros_like(box_mask())
+    diagonal = math.hypot(*(n * edge for n, edge in zip(mask.shape, SPACING, strict=True)))
+    assert score_masks(mask, empty, SPACING, "toothfairy")["hd95"] == diagonal
+    assert score_masks(empty, empty, SPACING, "toothfairy")["hd95"] == 0.0
+    assert score_masks(mask, empty, SPACING, "brats")["hd95"] == 374.0
+    missed = score_masks(mask, empty, SPACING, "monai")
+    assert missed["hd_directional"] == math.inf
+    assert "hd_directional@95" not in missed
+    assert set(score_masks(empty, empty, SPACING, "monai")) == {"reference_ml", "predicted_ml"}
+    assert set(score_masks(mask, mask, SPACING, "monai")) == set(PROTOCOLS["monai"].metrics)
+
+
+def test_lesion_rows_by_size() -> None:
+    """Two lesions of 24 voxels (24 ml at 10 mm) and one of a single voxel (1 ml); one large one is missed."""
+    reference = np.zeros((9, 20, 20), dtype=bool)
+    reference[1:3, 1:4, 1:5] = reference[5:7, 1:4, 1:5] = reference[1, 15, 15] = True
+    predicted = np.zeros_like(reference)
+    predicted[1:3, 2, 2] = predicted[1, 15, 15] = predicted[7, 18, 18] = True
+    keys = ("lesion_sensitivity", "lesion_sensitivity@10", "lesion_sensitivity@1", "lesion_sensitivity@30", "lesion_fp", "lesion_fp@1")
+    found = score_masks(reference, predicted, (10, 10, 10), metrics=keys)
+    assert found["lesion_sensitivity"] == 2 / 3
+    assert found["lesion_sensitivity@10"] == 0.5
+    assert found["lesion_sensitivity@1"] == 1.0
+    assert math.isnan(found["lesion_sensitivity@30"])
+    assert (found["lesion_fp"], found["lesion_fp@1"]) == (1.0, 1.0)
+    with pytest.raises(InputError, match="no lesion stratum begins at 5 ml"):
+        score_masks(reference, predicted, (10, 10, 10), metrics=("lesion_f1@5",))
+
+
+def test_signed_volumes() -> None:
+    reference = box_mask()
+    less = reference & (np.cumsum(reference).reshape(reference.shape) <= reference.sum() // 2)
+    found = score_masks(reference, less, SPACING, metrics=("rvd", "rvd_signed", "volume_bias_ml", "reference_ml", "predicted_ml"))
+    assert found["rvd_signed"] == -found["rvd"] == -0.5
+    assert found["volume_bias_ml"] == pytest.approx(found["predicted_ml"] - found["reference_ml"], rel=1e-14)
 
 
 def test_other_metrics_and_parameters() -> None:

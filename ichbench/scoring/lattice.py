@@ -199,12 +199,14 @@ def _sweep(best: Floats, places: Places, targets: Bools, rows: _Rows, frame: _Fr
 
     places    flat indices of the queries among the corners of `targets`, which has `rows.pads` empty ones around it
     """
+    # with a far one at both ends: found[before[i]] is the last surfel up to i, the one after it the first beyond i
+    far = 1 << 30
+    if targets.size >= far:
+        return  # indices are 32 bits wide: such a volume is left to the tree
     reach_mm = min(rows.reach_mm, limit_mm)
     layer, width = targets.shape[1] * targets.shape[2], targets.shape[2]
     flat = targets.reshape(-1)
     before = np.cumsum(flat, dtype=np.int32)
-    # with a far one at both ends: found[before[i]] is the last surfel up to i, the one after it the first beyond i
-    far = 1 << 30
     found = np.concatenate([[-far], np.flatnonzero(flat), [far]]).astype(np.int32)
     beyond = found[1:]
     # An index off the end of a row or a layer lands in the padding, whose next surfel is farther than the last entry here.

@@ -68,6 +68,11 @@ def rvd(counts: Counts) -> float:
     return abs(_ratio(counts.predicted - counts.reference, counts.reference))
 
 
+def rvd_signed(counts: Counts) -> float:
+    """(|P| - |G|) / |G|: below 0 where too little was segmented. Empty masks as in `rvd`."""
+    return _ratio(counts.predicted - counts.reference, counts.reference)
+
+
 def volume_ml(voxels: int, voxel_ml: float) -> float:
     """Millilitres of so many voxels."""
     return voxels * voxel_ml

@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ichbench.errors import CaseError, InputError
-from ichbench.scoring import overlap
+from ichbench.scoring import overlap, surface
+from ichbench.scoring.anomalies import Anomaly, find_anomalies
+from ichbench.scoring.definitions import pair_definitions, tolerance_curve
 from ichbench.scoring.geometry import onto_reference
 from ichbench.scoring.layouts import Labels, Pair, regions_of
 from ichbench.scoring.protocol import Protocol
@@ -28,6 +30,7 @@ class Settings:
 
     label_map      value in a reference file -> value to use
     count_voxels   also fill `Scored.voxels`
+    definitions    also fill `Scored.definitions`; curve, anomalies: likewise
     """
 
     protocol: Protocol
@@ -38,6 +41,9 @@ class Settings:
     label_map: Mapping[int, int] | None = None
     reorient: bool = False
     count_voxels: bool = False
+    definitions: bool = False
+    curve: bool = False
+    anomalies: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,10 @@ class Voxels:
 class Scored:
     """One case: its rows, its files (None for arrays, and for a missing prediction), and what the reader warned of.
 
-    voxels   by row suffix (`layouts.regions_of`), "" for the whole foreground where no labels are declared; empty unless asked for
+    voxels        by row suffix (`layouts.regions_of`), "" for the whole foreground where no labels are declared; empty unless asked for
+    definitions   values of `definitions.pair_definitions` for the whole foreground; empty unless asked for
+    curve         NSD at `definitions.TOLERANCES_MM`, likewise
+    anomalies     what is odd about the prediction, likewise
     """
 
     case: str
@@ -63,6 +72,9 @@ class Scored:
     rows: tuple[Score, ...]
     voxels: Mapping[str, Voxels]
     notes: tuple[str, ...]
+    definitions: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    curve: tuple[float, ...] = ()
+    anomalies: tuple[Anomaly, ...] = ()
 
 
 class _Masks(NamedTuple):
@@ -72,6 +84,7 @@ class _Masks(NamedTuple):
     predicted: Any | None
     spacing_zyx_mm: Sequence[float]
     voxel_ml: float | None
+    axis_codes_zyx: str = "SPL"
 
 
 def score_pair(task: tuple[Settings, Pair]) -> Scored:
@@ -86,6 +99,7 @@ def score_pair(task: tuple[Settings, Pair]) -> Scored:
                 masks = masks._replace(reference=_mapped(masks.reference, settings.label_map))
             rows = _rows(settings, pair.case, masks)
             voxels = _voxels(settings.labels, masks) if settings.count_voxels else {}
+            beside = _beside(settings, masks, rows)
     except InputError as error:
         text = str(error)
         unnamed = ", ".join(f"{what} {path}" for what, path in files.items() if str(path) not in text)
@@ -96,7 +110,7 @@ def score_pair(task: tuple[Settings, Pair]) -> Scored:
         reason = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
         raise CaseError(f"case {pair.case} could not be scored: {reason} ({named})") from error
     notes = tuple(dict.fromkeys(str(item.message) for item in caught))
-    return Scored(pair.case, files.get("reference"), files.get("prediction"), tuple(rows), voxels, notes)
+    return Scored(pair.case, files.get("reference"), files.get("prediction"), tuple(rows), voxels, notes, *beside)
 
 
 def as_pair(given: Pair | tuple[Any, ...]) -> Pair:
@@ -126,7 +140,7 @@ def _read(pair: Pair, reorient: bool) -> _Masks:
     if pair.prediction is not None:
         predicted = onto_reference(*read_labels(pair.prediction, keep_file_order=True), grid, reorient)
     # the voxels of a sheared grid are smaller than the product of the spacings
-    return _Masks(reference, predicted, grid.spacing_zyx_mm, None if grid.is_regular else grid.voxel_ml)
+    return _Masks(reference, predicted, grid.spacing_zyx_mm, None if grid.is_regular else grid.voxel_ml, grid.axis_codes_zyx)
 
 
 def _mapped(labels_zyx: Any, label_map: Mapping[int, int]) -> Any:
@@ -161,6 +175,25 @@ def _rows(settings: Settings, case: str, masks: _Masks) -> list[Score]:
         of_region = rows(own, other)
         found += [row._replace(metric=f"{row.metric}/{key}") for row in of_region if row.metric != "missing"]
     return found
+
+
+def _beside(
+    settings: Settings, masks: _Masks, rows: Sequence[Score]
+) -> tuple[Mapping[tuple[str, str], float], tuple[float, ...], tuple[Anomaly, ...]]:
+    """What was asked for beside the rows, about the whole foreground. A missing prediction is an empty one, and not odd."""
+    if not (settings.definitions or settings.curve or settings.anomalies):
+        return {}, (), ()
+    used = _used(settings.labels or {}, masks.reference)
+    # in the order of the file's axes, as the rows are (`rows_for_case`)
+    own = ((masks.reference != 0) & used).T
+    other = np.zeros_like(own) if masks.predicted is None else ((masks.predicted != 0) & used).T
+    spacing = tuple(masks.spacing_zyx_mm)[::-1]
+    odd: tuple[Anomaly, ...] = ()
+    if settings.anomalies:
+        hd_mm = next((row.value for row in rows if row.metric == "hd"), None)
+        odd = find_anomalies(own.T, other.T, masks.spacing_zyx_mm, hd_mm=hd_mm, axis_codes_zyx=masks.axis_codes_zyx)
+    curve = tolerance_curve(surface.surface_record(own, other, spacing)) if settings.curve else ()
+    return pair_definitions(own, other, spacing) if settings.definitions else {}, curve, odd
 
 
 def _voxels(labels: Labels | None, masks: _Masks) -> dict[str, Voxels]:

@@ -24,17 +24,21 @@ class Metric:
     text: str
 
 
+#: A number; None, the formula answers; "diagonal", the length of the volume's diagonal in mm; "drop", the case has no such row.
+EmptyValue = float | None | Literal["diagonal", "drop"]
+
+
 @dataclass(frozen=True)
 class EmptyRule:
-    """What one metric gets when a mask has no foreground; None means that the formula answers."""
+    """The empty-mask policy of one metric: what it gets when a mask has no foreground."""
 
     metric: str
-    empty_prediction: float | None
-    empty_reference: float | None
-    both_empty: float | None
+    empty_prediction: EmptyValue
+    empty_reference: EmptyValue
+    both_empty: EmptyValue
 
-    def value(self, reference_voxels: int, predicted_voxels: int) -> float | None:
-        """The declared value for these counts, or None where the formula holds."""
+    def value(self, reference_voxels: int, predicted_voxels: int) -> EmptyValue:
+        """What is declared for these counts; None where the formula holds."""
         if reference_voxels and predicted_voxels:
             return None
         if reference_voxels:
@@ -59,9 +63,10 @@ class Protocol:
     empties: tuple[EmptyRule, ...]
 
     def empty_rule(self, metric: str) -> EmptyRule:
-        """The rule of this metric; one whose values all come from the formula if none is declared."""
-        name = split_metric(metric)[0]
-        return next((rule for rule in self.empties if rule.metric == name), EmptyRule(name, None, None, None))
+        """The rule of this very key (`hd@95`), else of its name (`hd`); one whose values all come from the formula if none is declared."""
+        key, name = metric.partition("/")[0], split_metric(metric)[0]
+        declared = {rule.metric: rule for rule in self.empties}
+        return declared.get(key) or declared.get(name) or EmptyRule(name, None, None, None)
 
 
 #: Every metric that a row can name. `better` is said here and nowhere else.
@@ -77,6 +82,20 @@ METRICS: dict[str, Metric] = {
         Metric("iou", "higher", "", "Jaccard index of the voxels"),
         Metric("sensitivity", "higher", "", "part of the reference voxels that was found"),
         Metric("precision", "higher", "", "part of the predicted voxels that is right"),
+        Metric("rvd_signed", "none", "", "relative volume difference with its sign, (|P| - |G|) / |G|"),
+        Metric("volume_bias_ml", "none", "ml", "predicted volume minus reference volume"),
+        Metric("boundary_iou", "higher", "", "IoU of the voxels within a distance (mm) of either mask's contour"),
+        Metric("nsd_voxels", "higher", "", "surface Dice by counting edge voxels within the tolerance (MONAI's default)"),
+        Metric("nsd_fractions", "higher", "", "surface Dice as the mean of the two directions' fractions of edge voxels (panoptica)"),
+        Metric("hd_directional", "lower", "mm", "unweighted percentile over edge voxels, per direction, then the larger (MONAI)"),
+        Metric("hd_pooled", "lower", "mm", "unweighted percentile over the edge voxels of both directions together (MedPy)"),
+        Metric("lesion_f1", "higher", "", "F1 of the lesions; a lesion is found when one voxel overlaps"),
+        Metric("lesion_sensitivity", "higher", "", "part of the reference lesions that was found"),
+        Metric("lesion_precision", "higher", "", "part of the predicted lesions that touch a reference lesion"),
+        Metric("lesion_fp", "lower", "", "predicted lesions that touch no reference lesion"),
+        Metric("pq", "higher", "", "panoptic quality: lesions matched at IoU > 0.5"),
+        Metric("lesionwise_dice", "higher", "", "Dice per lesion as in BraTS 2023, false positives counted as 0"),
+        Metric("lesionwise_hd95", "lower", "mm", "HD95 per lesion as in BraTS 2023, misses and false positives counted as 374 mm"),
         Metric("reference_ml", "none", "ml", "volume of the reference"),
         Metric("predicted_ml", "none", "ml", "volume of the prediction"),
         Metric("missing", "lower", "0/1", "there is no prediction for this case; it is scored as an empty one"),
@@ -88,8 +107,21 @@ METRICS: dict[str, Metric] = {
 #: The 0/1 rows that every case has beside its metrics.
 MARKS = ("missing", "empty_prediction", "empty_reference")
 
+_STRATUM = "lower end of the lesions' size in ml: 0, 1, 10 or 30 for <1, 1-10, 10-30 and >30 ml"
 #: Metrics that take a parameter after `@`, and what it means.
-PARAMETERS: dict[str, str] = {"nsd": "tolerance in mm", "hd": "percentile from 0 to 100"}
+PARAMETERS: dict[str, str] = {
+    "nsd": "tolerance in mm",
+    "hd": "percentile from 0 to 100",
+    "boundary_iou": "distance from the contour in mm",
+    "nsd_voxels": "tolerance in mm",
+    "nsd_fractions": "tolerance in mm",
+    "hd_directional": "percentile from 0 to 100",
+    "hd_pooled": "percentile from 0 to 100",
+    "lesion_f1": _STRATUM,
+    "lesion_sensitivity": _STRATUM,
+    "lesion_precision": _STRATUM,
+    "lesion_fp": _STRATUM,
+}
 
 _COLUMNS = ("dice", "nsd", "rvd", "hd", "hd95", "assd", "reference_ml", "predicted_ml")
 _INF, _NAN = math.inf, math.nan
@@ -131,6 +163,58 @@ PROTOCOLS: dict[str, Protocol] = {
             EmptyRule("sensitivity", 0.0, _NAN, 1.0),
             EmptyRule("precision", _NAN, 0.0, 1.0),
         ),
+    ),
+    "kits": Protocol(
+        name="kits",
+        text="KiTS 2023: Dice and surface Dice at 1.033 mm, the tolerance of its first region (the others' are 1.133 and 1.150: "
+        "nsd@1.133). One empty mask is 0, two are 1.",
+        metrics=("dice", "nsd", "reference_ml", "predicted_ml"),
+        dice_smooth=0.0,
+        tolerance_mm=1.033,
+        empties=(EmptyRule("dice", 0.0, 0.0, 1.0), EmptyRule("nsd", 0.0, 0.0, 1.0)),
+    ),
+    "brats": Protocol(
+        name="brats",
+        text="BraTS: Dice and HD95, and since 2023 both per lesion. A missed or invented object costs 374 mm, the longest "
+        "diagonal of its volumes; two empty masks are perfect.",
+        metrics=("dice", "hd95", "lesionwise_dice", "lesionwise_hd95", "sensitivity", "reference_ml", "predicted_ml"),
+        dice_smooth=0.0,
+        tolerance_mm=1.0,
+        empties=(
+            EmptyRule("dice", 0.0, 0.0, 1.0),
+            EmptyRule("hd95", 374.0, 374.0, 0.0),
+            EmptyRule("sensitivity", 0.0, _NAN, 1.0),
+        ),
+    ),
+    "toothfairy": Protocol(
+        name="toothfairy",
+        text="ToothFairy: Dice and HD95, where an object that is missing on one side costs the diagonal of the volume.",
+        metrics=("dice", "hd95", "reference_ml", "predicted_ml"),
+        dice_smooth=0.0,
+        tolerance_mm=1.0,
+        empties=(EmptyRule("dice", 0.0, 0.0, 1.0), EmptyRule("hd95", "diagonal", "diagonal", 0.0)),
+    ),
+    "monai": Protocol(
+        name="monai",
+        text="MONAI's defaults: everything over edge voxels, percentiles unweighted. A case that its means leave out (nan there) "
+        "has no row here. Its HD95 of one empty mask is nan as well (issue 9095): a miss vanishes from the mean.",
+        metrics=("dice", "nsd_voxels", "hd_directional", "hd_directional@95", "reference_ml", "predicted_ml"),
+        dice_smooth=0.0,
+        tolerance_mm=0.42,
+        empties=(
+            EmptyRule("dice", 0.0, "drop", "drop"),
+            EmptyRule("nsd_voxels", 0.0, 0.0, "drop"),
+            EmptyRule("hd_directional", _INF, _INF, "drop"),
+            EmptyRule("hd_directional@95", "drop", "drop", "drop"),
+        ),
+    ),
+    "nnunet": Protocol(
+        name="nnunet",
+        text="nnU-Net v2's evaluation: Dice and IoU from voxel counts, nan where both masks are empty (its means skip nan).",
+        metrics=("dice", "iou", "reference_ml", "predicted_ml"),
+        dice_smooth=0.0,
+        tolerance_mm=1.0,
+        empties=(EmptyRule("dice", 0.0, 0.0, _NAN), EmptyRule("iou", 0.0, 0.0, _NAN)),
     ),
 }
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ichbench.errors import InputError
-from ichbench.scoring import overlap, surface
-from ichbench.scoring.protocol import Protocol, get_protocol, split_metric
+from ichbench.scoring import edges, lattice, lesions, overlap, surface
+from ichbench.scoring.protocol import PARAMETERS, Protocol, get_protocol, split_metric
+
+#: a bare boundary_iou looks this part of the volume's diagonal away from the contour (Cheng et al., CVPR 2021: 2 % in images)
+BOUNDARY_SHARE = 0.02
 
 
 class Score(NamedTuple):
@@ -31,27 +35,96 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What all metrics of one pair are computed from."""
+    """One pair of masks, and what its metrics are computed from: each measured once, when the first metric asks for it."""
 
-    counts: overlap.Counts
+    reference: overlap.MaskArray
+    predicted: overlap.MaskArray
+    spacing_mm: tuple[float, float, float]
     voxel_ml: float
-    surfaces: surface.SurfaceDistances
     protocol: Protocol
+
+    @cached_property
+    def boxes(self) -> list[lattice.Box]:
+        return lattice.islands(self.reference, self.predicted)
+
+    @cached_property
+    def counts(self) -> overlap.Counts:
+        parts = [overlap.count(self.reference[box], self.predicted[box]) for box in self.boxes]
+        return overlap.Counts(sum(one.reference for one in parts), sum(one.predicted for one in parts), sum(one.both for one in parts))
+
+    @cached_property
+    def surfaces(self) -> surface.SurfaceDistances:
+        return surface.surface_record(self.reference, self.predicted, self.spacing_mm, self.boxes)
+
+    @cached_property
+    def edge_distances(self) -> edges.EdgeRecord:
+        return edges.edge_record(self.reference, self.predicted, self.spacing_mm)
+
+    @cached_property
+    def lesion_overlaps(self) -> lesions.LesionRecord:
+        return lesions.lesion_record(self.reference, self.predicted, self.spacing_mm)
+
+    @cached_property
+    def lesionwise(self) -> lesions.LesionwiseRecord:
+        return lesions.lesionwise_record(self.reference, self.predicted, self.spacing_mm)
+
+    @property
+    def diagonal_mm(self) -> float:
+        return math.hypot(*(n * edge for n, edge in zip(self.reference.shape, self.spacing_mm, strict=True)))
+
+    def tolerance_mm(self, given: float | None) -> float:
+        return self.protocol.tolerance_mm if given is None else given
+
+
+Formula = Callable[[Measured, float | None], float]
+
+
+def _percent(given: float | None) -> float:
+    return 100.0 if given is None else given
+
+
+def _lesion(formula: Callable[..., float]) -> Formula:
+    return lambda pair, stratum: formula(pair.lesion_overlaps, stratum_ml=_stratum_ml(stratum))
+
+
+def _stratum_ml(lower_ml: float | None) -> tuple[float, float] | None:
+    if lower_ml is None:
+        return None
+    for stratum in lesions.STRATA_ML:
+        if stratum[0] == lower_ml:
+            return stratum
+    raise InputError(f"no lesion stratum begins at {lower_ml:g} ml; {PARAMETERS['lesion_f1']}")
 
 
 #: metric name -> its formula; the second argument is the parameter after `@`, None for a bare name.
-FORMULAS: dict[str, Callable[[Measured, float | None], float]] = {
+FORMULAS: dict[str, Formula] = {
     "dice": lambda pair, _: overlap.dice(pair.counts, pair.protocol.dice_smooth),
-    "nsd": lambda pair, tolerance_mm: surface.nsd(pair.surfaces, pair.protocol.tolerance_mm if tolerance_mm is None else tolerance_mm),
+    "nsd": lambda pair, tolerance_mm: surface.nsd(pair.surfaces, pair.tolerance_mm(tolerance_mm)),
     "rvd": lambda pair, _: overlap.rvd(pair.counts),
-    "hd": lambda pair, percent: surface.hausdorff(pair.surfaces, 100.0 if percent is None else percent),
+    "hd": lambda pair, percent: surface.hausdorff(pair.surfaces, _percent(percent)),
     "hd95": lambda pair, _: surface.hausdorff(pair.surfaces, 95.0),
     "assd": lambda pair, _: surface.assd(pair.surfaces),
     "iou": lambda pair, _: overlap.iou(pair.counts),
     "sensitivity": lambda pair, _: overlap.sensitivity(pair.counts),
     "precision": lambda pair, _: overlap.precision(pair.counts),
+    "rvd_signed": lambda pair, _: overlap.rvd_signed(pair.counts),
     "reference_ml": lambda pair, _: overlap.volume_ml(pair.counts.reference, pair.voxel_ml),
     "predicted_ml": lambda pair, _: overlap.volume_ml(pair.counts.predicted, pair.voxel_ml),
+    "volume_bias_ml": lambda pair, _: overlap.volume_ml(pair.counts.predicted - pair.counts.reference, pair.voxel_ml),
+    "boundary_iou": lambda pair, mm: edges.boundary_iou(
+        pair.reference, pair.predicted, pair.spacing_mm, BOUNDARY_SHARE * pair.diagonal_mm if mm is None else mm
+    ),
+    "nsd_voxels": lambda pair, tolerance_mm: edges.nsd_voxels(pair.edge_distances, pair.tolerance_mm(tolerance_mm)),
+    "nsd_fractions": lambda pair, tolerance_mm: edges.nsd_fractions(pair.edge_distances, pair.tolerance_mm(tolerance_mm)),
+    "hd_directional": lambda pair, percent: edges.hd_directional(pair.edge_distances, _percent(percent)),
+    "hd_pooled": lambda pair, percent: edges.hd_pooled(pair.edge_distances, _percent(percent)),
+    "lesion_f1": _lesion(lesions.lesion_f1),
+    "lesion_sensitivity": _lesion(lesions.lesion_sensitivity),
+    "lesion_precision": _lesion(lesions.lesion_precision),
+    "lesion_fp": lambda pair, stratum: float(lesions.count_lesions(pair.lesion_overlaps, stratum_ml=_stratum_ml(stratum)).false_positives),
+    "pq": lambda pair, _: lesions.panoptic(pair.lesion_overlaps).pq,
+    "lesionwise_dice": lambda pair, _: lesions.lesionwise_dice(pair.lesionwise),
+    "lesionwise_hd95": lambda pair, _: lesions.lesionwise_hd(pair.lesionwise),
 }
 
 
@@ -68,7 +141,8 @@ def score_masks(
                                    every label above 0 is foreground (the official script needs strictly 0 and 1)
     spacing_zyx_mm                 voxel edges in the order of the array axes
     protocol                       "instance2022", "strict" or a Protocol; it says what an empty mask gets
-    metrics                        other names than the protocol's, e.g. ("dice", "nsd@1.0", "hd@90")
+    metrics                        other names than the protocol's, e.g. ("dice", "nsd@1.0", "hd@90", "lesion_f1@10"): METRICS
+                                   and PARAMETERS in protocol.py list them. A metric that the protocol drops has no key
 
     Any axis order will do as long as all three arguments share it. Returns at least dice, nsd, rvd, hd, hd95, assd,
     reference_ml and predicted_ml (unless `metrics` says otherwise). InputError on anything that is not a pair of masks.
@@ -80,14 +154,15 @@ def score_masks(
     predicted = overlap.as_mask(predicted_zyx, "the prediction")
     overlap.check_same_shape(reference.shape, predicted.shape)
     spacing_mm = overlap.as_spacing(spacing_zyx_mm)
-    counts = overlap.count(reference, predicted)
-    surfaces = surface.surface_record(reference, predicted, spacing_mm)
     voxel_ml = math.prod(sorted(spacing_mm)) / 1000.0  # sorted, so that the order of the axes cannot change the last bit
-    pair = Measured(counts, voxel_ml, surfaces, rules)
+    pair = Measured(reference, predicted, spacing_mm, voxel_ml, rules)
     values: dict[str, float] = {}
     for key, (formula, parameter) in wanted.items():
-        declared = rules.empty_rule(key).value(counts.reference, counts.predicted)
-        values[key] = formula(pair, parameter) if declared is None else declared
+        declared = rules.empty_rule(key).value(pair.counts.reference, pair.counts.predicted)
+        if declared == "diagonal":
+            declared = pair.diagonal_mm
+        if declared != "drop":
+            values[key] = formula(pair, parameter) if declared is None else float(declared)
     return values
 
 
@@ -149,6 +224,16 @@ def rows_for_case(
             found["missing"] = float(predicted_zyx is None)
         rows += [Score(arm, fold, seed, case, name + suffix, value) for name, value in found.items()]
     return rows
+
+
+def check_metrics(keys: Sequence[str]) -> tuple[str, ...]:
+    """Names that `score_masks` can compute, without blanks and repetitions, or an InputError."""
+    cleaned = tuple(dict.fromkeys(key.strip() for key in keys))
+    for key in cleaned:
+        parameter = _formula(key)[1]
+        if split_metric(key)[0].startswith("lesion_"):
+            _stratum_ml(parameter)
+    return cleaned
 
 
 def _formula(key: str) -> tuple[Callable[[Measured, float | None], float], float | None]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from ichbench.scoring.detection import detect, roc
 from ichbench.scoring.pairs import Scored
 from ichbench.scoring.protocol import METRICS, split_metric
 from ichbench.scoring.tables import aggregate, by_metric
@@ -42,6 +43,26 @@ def score_text(every: Sequence[Scored], interval: Interval) -> str:
     return f"{len(every)} cases\n" + _columns(table)
 
 
+def detection_text(every: Sequence[Scored]) -> str:
+    """Is there a bleed at all? Empty unless some references have one and some have none."""
+    ml: dict[str, dict[str, float]] = {"reference_ml": {}, "predicted_ml": {}}
+    for scored in every:
+        for row in scored.rows:
+            if row.metric in ml:
+                ml[row.metric][scored.case] = row.value
+    references, predictions = ml["reference_ml"], ml["predicted_ml"]
+    if references.keys() != predictions.keys() or not 0 < sum(value > 0 for value in references.values()) < len(references):
+        return ""
+    found, curve = detect(references, predictions), roc(references, predictions)
+    ends = [f"[{low:.3f}, {high:.3f}]" for low, high in (found.sensitivity_interval, found.specificity_interval)]
+    return (
+        f"case detection (any foreground): sensitivity {found.sensitivity:.3f} {ends[0]} of {found.tp + found.fn} cases with a bleed, "
+        f"specificity {found.specificity:.3f} {ends[1]} of {found.tn + found.fp} without; "
+        f"false-positive volume there: mean {found.false_positive_ml_mean:.3g}, max {found.false_positive_ml_max:.3g} ml; "
+        f"area under the ROC over volume {curve.auc:.3f}"
+    )
+
+
 def warnings_of(every: Sequence[Scored], extra: Sequence[str]) -> list[str]:
     """What the user should know before quoting the table. `extra`: names of predictions without a reference."""
     found: list[str] = []
@@ -64,6 +85,13 @@ def warnings_of(every: Sequence[Scored], extra: Sequence[str]) -> list[str]:
     if undefined:
         counts = ", ".join(f"{metric} ({n})" for metric, n in undefined.items())
         found.append(f"undefined (nan) in so many cases, which are not in the mean: {counts}")
+    odd: dict[str, list[tuple[str, str]]] = {}
+    for scored in every:
+        for anomaly in scored.anomalies:
+            odd.setdefault(anomaly.kind, []).append((scored.case, anomaly.text))
+    for kind, ones in odd.items():
+        names = "" if len(every) == 1 else f" in {len(ones)} of {len(every)} cases ({_some([case for case, _ in ones])}), in the first"
+        found.append(f"{kind}{names}: {ones[0][1]}")
     notes = list(dict.fromkeys(note for scored in every for note in scored.notes))
     more = [f"and {len(notes) - SHOWN} more like these"] if len(notes) > SHOWN else []
     return found + notes[:SHOWN] + more

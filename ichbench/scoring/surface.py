@@ -54,6 +54,12 @@ class SurfaceDistances:
     masks: tuple[MaskArray, MaskArray] | None = None
 
     @cached_property
+    def reached(self) -> tuple[Floats, Floats]:
+        """Per side: the part of its area up to and including each surfel."""
+        own, other = (np.cumsum(areas) / np.sum(areas) if areas.size else areas for areas in (self.reference_mm2, self.predicted_mm2))
+        return own, other
+
+    @cached_property
     def settled(self) -> SurfaceDistances:
         """The same with every distance from SciPy's distance transform, as the official script computes them: slower."""
         if self.masks is None:
@@ -118,8 +124,8 @@ def hausdorff(record: SurfaceDistances, percent: float) -> float:
     """
     if not 0 <= percent <= 100:
         raise InputError(f"the percentile is {percent}; a number from 0 to 100 is needed")
-    sides = ((record.reference_mm, record.reference_mm2), (record.predicted_mm, record.predicted_mm2))
-    return max(_percentile_mm(distances, areas, percent) for distances, areas in sides)
+    sides = zip((record.reference_mm, record.predicted_mm), record.reached, strict=True)
+    return max(_percentile_mm(distances, reached, percent) for distances, reached in sides)
 
 
 def assd(record: SurfaceDistances) -> float:
@@ -208,8 +214,7 @@ def _transform_mm(places: NDArray[np.intp], targets: NDArray[np.bool_], spacing_
     return np.asarray(np.sqrt(total))
 
 
-def _percentile_mm(distances: Floats, areas: Floats, percent: float) -> float:
+def _percentile_mm(distances: Floats, reached: Floats, percent: float) -> float:
     if not distances.size:
         return math.inf
-    reached = np.cumsum(areas) / np.sum(areas)
     return float(distances[min(int(np.searchsorted(reached, percent / 100.0)), distances.size - 1)])
