@@ -6,6 +6,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis.extra import numpy as hnp
 from ichbench.errors import InputError
 from ichbench.scoring import METRICS, PROTOCOLS, Score, rows_for_case, score_masks
 from ichbench.scoring.score import FORMULAS
+from ichbench.scoring.surface import assd, hausdorff, surface_record
 
 SPACING = (5.0, 0.45, 0.45)
 
@@ -268,3 +270,47 @@ def test_undeclared_labels_and_shapes_name_the_case() -> None:
         rows_for_case("a", "-", "-", "017", box_mask(), box_mask()[..., 1:], SPACING)
     with pytest.raises(InputError, match=r"case 017: the reference contains the value 0\.5"):
         rows_for_case("a", "-", "-", "017", box_mask() * 0.5, None, SPACING)
+
+
+def test_a_sheared_voxel_has_one_volume_everywhere() -> None:
+    reference, predicted = np.zeros((5, 9, 9), dtype=bool), np.zeros((5, 9, 9), dtype=bool)
+    reference[1, 1:3, 1] = predicted[1:3, 1:5, 1:4] = True
+    own = dataclasses.replace(PROTOCOLS["strict"], metrics=("reference_ml", "predicted_ml", "volume_bias_ml", "lesion_sensitivity@1"))
+    rows = rows_for_case("a", "-", "-", "c", reference, predicted, (5, 1, 1), own, voxel_ml=0.6)
+    values = {row.metric: row.value for row in rows}
+    assert values["predicted_ml"] - values["reference_ml"] == pytest.approx(values["volume_bias_ml"], rel=1e-14)
+    assert values["reference_ml"] == 1.2
+    assert values["lesion_sensitivity@1"] == 1.0  # 1.2 ml; by the product of the edges it would be 0.01 ml
+    assert all(type(row.value) is float for row in rows)
+
+
+@pytest.mark.parametrize("wrong", ["hd@nan", "hd@101", "hd@-1", "nsd@-1", "nsd@nan", "nsd@inf", "boundary_iou@-1", "lesion_fp@5"])
+def test_a_parameter_that_means_nothing_is_refused_whatever_the_masks(wrong: str) -> None:
+    with pytest.raises(InputError, match=r"parameter|stratum"):
+        score_masks(box_mask(), np.zeros_like(box_mask()), SPACING, "strict", (wrong,))
+
+
+def test_a_prediction_may_say_ignore_only_where_the_reference_does() -> None:
+    reference = np.zeros((2, 4, 4), dtype=np.uint8)
+    reference[0, 0, :3] = (1, 2, 3)
+    labels = {"background": 0, "x": 1, "y": 2, "ignore": 3}
+    rows = rows_for_case("a", "-", "-", "c", reference, reference, SPACING, "strict", labels)
+    assert {row.value for row in rows if row.metric.startswith("dice")} == {1.0}
+    predicted = reference.copy()
+    predicted[1, 1, 1] = 3
+    with pytest.raises(InputError, match="only references may say ignore"):
+        rows_for_case("a", "-", "-", "c", reference, predicted, SPACING, "strict", labels)
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1e-6), (1e-6, 1, 1), (5, 0.45, 1e-5), (1e-6, 1e6, 1)])
+def test_absurd_spacings_cost_no_memory(spacing: tuple[float, float, float]) -> None:
+    one, other = np.zeros((6, 20, 20), dtype=bool), np.zeros((6, 20, 20), dtype=bool)
+    one[2:4, 5:9, 5:9] = other[2:5, 8:13, 8:13] = True
+    tracemalloc.start()
+    found = score_masks(one, other, spacing)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000_000
+    settled = surface_record(one, other, spacing).settled
+    assert found["hd"] == pytest.approx(hausdorff(settled, 100), rel=1e-12)
+    assert found["assd"] == pytest.approx(assd(settled), rel=1e-12)

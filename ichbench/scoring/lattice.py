@@ -68,7 +68,7 @@ def surfaces(reference: MaskArray, predicted: MaskArray, spacing_mm: Triple, box
     frame = _Frame(tuple(order), tuple(spacing_mm[axis] for axis in order))
     masks = (reference.transpose(order), predicted.transpose(order))
     near, far = _rows(frame.memory_mm, NEAR_ROWS), _rows(frame.memory_mm, FAR_ROWS)
-    pieces = [_piece(masks, (box[order[0]], box[order[1]], box[order[2]]), near.pads, frame) for box in boxes]
+    pieces = [_piece(masks, (box[order[0]], box[order[1]], box[order[2]]), near, frame) for box in boxes]
     sides = []
     for own, other in ((0, 1), (1, 0)):
         reachable = any(piece.targets[other].any() for piece in pieces)
@@ -78,7 +78,7 @@ def surfaces(reference: MaskArray, predicted: MaskArray, spacing_mm: Triple, box
             square = np.full(places.size, math.inf)
             if reachable and places.size:
                 limit_mm = _gap_mm(piece, pieces, other, frame)
-                _sweep(square, places, piece.targets[other], near, frame, limit_mm)
+                _sweep(square, places, piece.targets[other], near, piece.pads[2], frame, limit_mm)
                 left = np.flatnonzero(np.isinf(square))
                 if 0 < left.size <= FEW and limit_mm > near.reach_mm:
                     square[left] = _sweep_again(piece, places[left], other, far, frame, limit_mm)
@@ -165,6 +165,10 @@ class _Rows:
     reach_mm: float
     pads: tuple[int, ...]
 
+    def padding(self, width: int) -> tuple[int, ...]:
+        """Empty corners needed around an island of so many columns: two corners of a row are never farther apart than it is wide."""
+        return (*self.pads[:2], min(self.pads[2], width))
+
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
@@ -178,7 +182,8 @@ class _Piece:
     shared_codes: tuple[NDArray[np.int64], ...]
 
 
-def _piece(masks: tuple[MaskArray, MaskArray], box: Box, pads: tuple[int, ...], frame: _Frame) -> _Piece:
+def _piece(masks: tuple[MaskArray, MaskArray], box: Box, rows: _Rows, frame: _Frame) -> _Piece:
+    pads = rows.padding(box[2].stop - box[2].start + 1)
     bits = [4 >> axis for axis in frame.order]
     codes = [corner_codes(mask[box], bits, pads) for mask in masks]
     # 0 and 255 are the two codes without a surface; adding 1 in uint8 makes them 1 and 0
@@ -194,10 +199,11 @@ def _piece(masks: tuple[MaskArray, MaskArray], box: Box, pads: tuple[int, ...], 
     )
 
 
-def _sweep(best: Floats, places: Places, targets: Bools, rows: _Rows, frame: _Frame, limit_mm: float) -> None:
+def _sweep(best: Floats, places: Places, targets: Bools, rows: _Rows, pad: int, frame: _Frame, limit_mm: float) -> None:
     """Write into `best` the squared distances (mm2) within the reach of the rows and within `limit_mm`; others stay inf.
 
-    places    flat indices of the queries among the corners of `targets`, which has `rows.pads` empty ones around it
+    places    flat indices of the queries among the corners of `targets`, which has `rows.padding()` empty ones around it
+    pad       the empty ones behind each row
     """
     # with a far one at both ends: found[before[i]] is the last surfel up to i, the one after it the first beyond i
     far = 1 << 30
@@ -210,7 +216,7 @@ def _sweep(best: Floats, places: Places, targets: Bools, rows: _Rows, frame: _Fr
     found = np.concatenate([[-far], np.flatnonzero(flat), [far]]).astype(np.int32)
     beyond = found[1:]
     # An index off the end of a row or a layer lands in the padding, whose next surfel is farther than the last entry here.
-    steps = np.arange(rows.pads[2] + 2, dtype=np.float64) * frame.memory_mm[2]
+    steps = np.arange(pad + 2, dtype=np.float64) * frame.memory_mm[2]
     along = steps * steps
     along[-1] = math.inf
     across = [((offsets * edge) ** 2)[:, None] for offsets, edge in zip((rows.dz, rows.dy), frame.memory_mm, strict=False)]
@@ -249,12 +255,13 @@ def _sweep_again(piece: _Piece, places: Places, other: int, rows: _Rows, frame: 
     """The sweep with more rows about the same surfels, which needs wider padding."""
     inner = piece.targets[other]
     depth, height, width = (n - pad for n, pad in zip(inner.shape, (2 * piece.pads[0], *piece.pads[1:]), strict=True))
-    targets = np.zeros((depth + 2 * rows.pads[0], height + rows.pads[1], width + rows.pads[2]), dtype=bool)
-    targets[rows.pads[0] : rows.pads[0] + depth, :height, :width] = inner[piece.pads[0] : piece.pads[0] + depth, :height, :width]
+    pads = rows.padding(width)
+    targets = np.zeros((depth + 2 * pads[0], height + pads[1], width + pads[2]), dtype=bool)
+    targets[pads[0] : pads[0] + depth, :height, :width] = inner[piece.pads[0] : piece.pads[0] + depth, :height, :width]
     z, y, x = np.unravel_index(places, inner.shape)
     best = np.full(places.size, math.inf)
-    moved = np.ravel_multi_index((z - piece.pads[0] + rows.pads[0], y, x), targets.shape)
-    _sweep(best, moved, targets, rows, frame, limit_mm)
+    moved = np.ravel_multi_index((z - piece.pads[0] + pads[0], y, x), targets.shape)
+    _sweep(best, moved, targets, rows, pads[2], frame, limit_mm)
     return best
 
 

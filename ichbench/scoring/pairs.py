@@ -169,6 +169,8 @@ def _rows(settings: Settings, case: str, masks: _Masks) -> list[Score]:
             raise InputError(f"case {case}: the {what} contains the label(s) {unknown}, but the declared ones are {dict(labels)}")
     used = _used(labels, masks.reference)
     sides = (masks.reference * used, None if masks.predicted is None else masks.predicted * used)
+    if sides[1] is not None and "ignore" in labels and (sides[1] == labels["ignore"]).any():
+        raise InputError(f"case {case}: the prediction contains the label {labels['ignore']} (ignore) where the reference does not")
     found = rows(*sides)
     for key, values in regions_of(labels).items():
         own, other = (None if side is None else np.isin(side, values) for side in sides)

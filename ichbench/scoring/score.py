@@ -7,8 +7,9 @@ default for the whole foreground (all labels above 0 merged), `dice/2` is label 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -62,7 +63,8 @@ class Measured:
 
     @cached_property
     def lesion_overlaps(self) -> lesions.LesionRecord:
-        return lesions.lesion_record(self.reference, self.predicted, self.spacing_mm)
+        found = lesions.lesion_record(self.reference, self.predicted, self.spacing_mm)
+        return replace(found, voxel_ml=self.voxel_ml)
 
     @cached_property
     def lesionwise(self) -> lesions.LesionwiseRecord:
@@ -134,6 +136,8 @@ def score_masks(
     spacing_zyx_mm: Sequence[float],
     protocol: str | Protocol = "instance2022",
     metrics: Sequence[str] | None = None,
+    *,
+    voxel_ml: float | None = None,
 ) -> dict[str, float]:
     """Every metric of the protocol for one pair of masks; never raises on a valid pair, however empty or small.
 
@@ -143,6 +147,7 @@ def score_masks(
     protocol                       "instance2022", "strict" or a Protocol; it says what an empty mask gets
     metrics                        other names than the protocol's, e.g. ("dice", "nsd@1.0", "hd@90", "lesion_f1@10"): METRICS
                                    and PARAMETERS in protocol.py list them. A metric that the protocol drops has no key
+    voxel_ml                       volume of a voxel where it is not the product of the edges (a sheared grid, `Grid.voxel_ml`)
 
     Any axis order will do as long as all three arguments share it. Returns at least dice, nsd, rvd, hd, hd95, assd,
     reference_ml and predicted_ml (unless `metrics` says otherwise). InputError on anything that is not a pair of masks.
@@ -154,7 +159,8 @@ def score_masks(
     predicted = overlap.as_mask(predicted_zyx, "the prediction")
     overlap.check_same_shape(reference.shape, predicted.shape)
     spacing_mm = overlap.as_spacing(spacing_zyx_mm)
-    voxel_ml = math.prod(sorted(spacing_mm)) / 1000.0  # sorted, so that the order of the axes cannot change the last bit
+    if voxel_ml is None:
+        voxel_ml = math.prod(sorted(spacing_mm)) / 1000.0  # sorted, so that the order of the axes cannot change the last bit
     pair = Measured(reference, predicted, spacing_mm, voxel_ml, rules)
     values: dict[str, float] = {}
     for key, (formula, parameter) in wanted.items():
@@ -208,16 +214,18 @@ def rows_for_case(
         if "ignore" in labels:
             kept = reference != labels["ignore"]
             reference, predicted = reference * kept, predicted * kept
+            if (predicted == labels["ignore"]).any():
+                raise InputError(
+                    f"case {case}: the prediction contains the label {labels['ignore']} (ignore) where the reference does not; "
+                    "only references may say ignore, so give every other voxel of the prediction a class"
+                )
     values = sorted({value for name, value in (labels or {}).items() if value > 0 and name != "ignore"})
     parts = [("", reference != 0, predicted != 0)]
     if len(values) > 1:
         parts += [(f"/{value}", reference == value, predicted == value) for value in values]
     rows: list[Score] = []
     for suffix, own, other in parts:
-        found = score_masks(own, other, spacing_file_mm, rules)
-        if voxel_ml is not None:
-            volumes = {"reference_ml": voxel_ml * np.count_nonzero(own), "predicted_ml": voxel_ml * np.count_nonzero(other)}
-            found |= {name: value for name, value in volumes.items() if name in found}
+        found = score_masks(own, other, spacing_file_mm, rules, voxel_ml=voxel_ml)
         found["empty_prediction"] = float(not other.any())
         found["empty_reference"] = float(not own.any())
         if not suffix:
@@ -229,17 +237,24 @@ def rows_for_case(
 def check_metrics(keys: Sequence[str]) -> tuple[str, ...]:
     """Names that `score_masks` can compute, without blanks and repetitions, or an InputError."""
     cleaned = tuple(dict.fromkeys(key.strip() for key in keys))
+    if cleaned == ("",):
+        raise InputError(f"no metric was given; choose from {', '.join(FORMULAS)}")
     for key in cleaned:
-        parameter = _formula(key)[1]
-        if split_metric(key)[0].startswith("lesion_"):
-            _stratum_ml(parameter)
+        _formula(key)
     return cleaned
 
 
-def _formula(key: str) -> tuple[Callable[[Measured, float | None], float], float | None]:
+def _formula(key: str) -> tuple[Formula, float | None]:
+    """Checked before any mask is looked at: an empty one must not hide that a parameter means nothing."""
     name, parameter = split_metric(key)
     if name not in FORMULAS or "/" in key:
         raise InputError(f"{key!r} cannot be computed from a pair of masks; choose from {', '.join(FORMULAS)}")
+    if parameter is not None:
+        highest = 100.0 if PARAMETERS[name].startswith("percentile") else sys.float_info.max
+        if not 0 <= parameter <= highest:
+            raise InputError(f"the parameter of {key!r} is {parameter:g}: {PARAMETERS[name]}; a finite number from 0 up is needed")
+        if name.startswith("lesion_"):
+            _stratum_ml(parameter)
     return FORMULAS[name], parameter
 
 
