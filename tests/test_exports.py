@@ -121,7 +121,7 @@ def test_summary_without_declared_labels_has_one() -> None:
 
 def test_summary_leaves_ignored_voxels_out() -> None:
     labels: Labels = {"background": 0, "clot": 1, "ignore": 2}
-    found = json.loads(summary_json(scored(labels), labels))
+    found = json.loads(summary_json(scored(labels, only="hit"), labels))
     first = found["metric_per_case"][0]["metrics"]
     assert list(first) == ["1"]
     assert first["1"]["TP"] + first["1"]["TN"] == 8 * 20 * 20 - 16
