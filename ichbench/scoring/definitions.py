@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ichbench.errors import InputError
 from ichbench.scoring import edges, overlap, surface
 from ichbench.scoring.protocol import PROTOCOLS, split_metric
-from ichbench.scoring.score import score_masks
+from ichbench.scoring.score import Measured, measure, score_measured
 
 #: The protocol whose numbers are the official ones.
 OFFICIAL = "instance2022"
@@ -29,15 +29,6 @@ OFFICIAL = "instance2022"
 MATRIX_METRICS = ("dice", "nsd", "hd", "hd95", "assd")
 #: Tolerances of the curve in mm, dense about the official 0.42 mm and the common in-plane voxel edges.
 TOLERANCES_MM = (0.1, 0.2, 0.3, 0.4, 0.42, 0.43, 0.45, 0.488, 0.5, 0.6, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What the other definitions of one pair of masks, neither of them empty, are computed from."""
-
-    counts: overlap.Counts
-    surfels: surface.SurfaceDistances
-    edges: edges.EdgeRecord
 
 
 @dataclass(frozen=True)
@@ -55,17 +46,17 @@ DEFINITIONS: tuple[Definition, ...] = (
     Definition("dice", "smoothed", "INSTANCE 2022: 1e-5 above and below the line", None),
     Definition("dice", "strict", "DeepMind, MONAI, nnU-Net, MedPy: nothing added", lambda pair, _: overlap.dice(pair.counts)),
     Definition("nsd", "surfels_area", "INSTANCE 2022, DeepMind, MONAI with use_subvoxels", None),
-    Definition("nsd", "voxels_count", "MONAI by default, Metrics Reloaded", lambda pair, tau: edges.nsd_voxels(pair.edges, tau)),
-    Definition("nsd", "voxels_fractions", "panoptica, GaNDLF", lambda pair, tau: edges.nsd_fractions(pair.edges, tau)),
+    Definition("nsd", "voxels_count", "MONAI by default, Metrics Reloaded", lambda pair, tau: edges.nsd_voxels(pair.edge_mm, tau)),
+    Definition("nsd", "voxels_fractions", "panoptica, GaNDLF", lambda pair, tau: edges.nsd_fractions(pair.edge_mm, tau)),
     Definition("hd", "surfels", "INSTANCE 2022, DeepMind", None),
-    Definition("hd", "voxels", "MONAI, MedPy, panoptica, Metrics Reloaded", lambda pair, _: edges.hd_directional(pair.edges, 100.0)),
+    Definition("hd", "voxels", "MONAI, MedPy, panoptica, Metrics Reloaded", lambda pair, _: edges.hd_directional(pair.edge_mm, 100.0)),
     Definition("hd95", "surfels_area", "DeepMind: percentile by area", None),
-    Definition("hd95", "voxels_directional", "MONAI, Metrics Reloaded", lambda pair, _: edges.hd_directional(pair.edges, 95.0)),
-    Definition("hd95", "voxels_pooled", "MedPy, panoptica, GaNDLF, seg-metrics", lambda pair, _: edges.hd_pooled(pair.edges, 95.0)),
+    Definition("hd95", "voxels_directional", "MONAI, Metrics Reloaded", lambda pair, _: edges.hd_directional(pair.edge_mm, 95.0)),
+    Definition("hd95", "voxels_pooled", "MedPy, panoptica, GaNDLF, seg-metrics", lambda pair, _: edges.hd_pooled(pair.edge_mm, 95.0)),
     Definition("assd", "surfels_area", "both surfaces together by area", None),
-    Definition("assd", "surfels_directional", "DeepMind's two averages, their mean", lambda pair, _: _mean_of_means(pair.surfels)),
-    Definition("assd", "voxels_pooled", "MONAI, MedPy from 0.5, Metrics Reloaded", lambda pair, _: edges.assd_pooled(pair.edges)),
-    Definition("assd", "voxels_directional", "panoptica, MedPy to 0.4, MASD", lambda pair, _: edges.assd_directional(pair.edges)),
+    Definition("assd", "surfels_directional", "DeepMind's two averages, their mean", lambda pair, _: _mean_of_means(pair.surfaces)),
+    Definition("assd", "voxels_pooled", "MONAI, MedPy from 0.5, Metrics Reloaded", lambda pair, _: edges.assd_pooled(pair.edge_mm)),
+    Definition("assd", "voxels_directional", "panoptica, MedPy to 0.4, MASD", lambda pair, _: edges.assd_directional(pair.edge_mm)),
 )
 
 
@@ -111,16 +102,14 @@ def pair_definitions(
     definition of a surface metric: what an empty mask gets is the protocol's choice, not the definition's. Strict Dice
     is 0 then, or nan for two empty masks.
     """
+    return measured_definitions(measure(reference_zyx, predicted_zyx, spacing_zyx_mm, OFFICIAL), metrics)
+
+
+def measured_definitions(pair: Measured, metrics: Sequence[str] = MATRIX_METRICS) -> dict[tuple[str, str], float]:
+    """`pair_definitions` of a pair that has been measured already, under the official protocol."""
     wanted = {key: _tolerance_mm(key) for key in metrics}
-    official = score_masks(reference_zyx, predicted_zyx, spacing_zyx_mm, OFFICIAL, tuple(wanted))
-    reference, predicted = overlap.as_mask(reference_zyx, "the reference"), overlap.as_mask(predicted_zyx, "the prediction")
-    counts = overlap.count(reference, predicted)
-    pair = Measured(
-        counts,
-        surface.surface_record(reference, predicted, spacing_zyx_mm),
-        edges.edge_record(reference, predicted, spacing_zyx_mm),
-    )
-    filled = counts.reference > 0 and counts.predicted > 0
+    official = score_measured(pair, tuple(wanted))
+    filled = pair.counts.reference > 0 and pair.counts.predicted > 0
     values: dict[tuple[str, str], float] = {}
     for key, tolerance_mm in wanted.items():
         for definition in _of(key):

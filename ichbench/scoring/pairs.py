@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ichbench.errors import CaseError, InputError
-from ichbench.scoring import overlap, surface
+from ichbench.scoring import overlap
 from ichbench.scoring.anomalies import Anomaly, find_anomalies
-from ichbench.scoring.definitions import pair_definitions, tolerance_curve
+from ichbench.scoring.definitions import OFFICIAL, measured_definitions, tolerance_curve
 from ichbench.scoring.geometry import onto_reference
 from ichbench.scoring.layouts import Labels, Pair, regions_of
 from ichbench.scoring.protocol import Protocol
-from ichbench.scoring.score import Score, rows_for_case
+from ichbench.scoring.score import Score, measure, rows_for_case
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +194,9 @@ def _beside(
     if settings.anomalies:
         hd_mm = next((row.value for row in rows if row.metric == "hd"), None)
         odd = find_anomalies(own.T, other.T, masks.spacing_zyx_mm, hd_mm=hd_mm, axis_codes_zyx=masks.axis_codes_zyx)
-    curve = tolerance_curve(surface.surface_record(own, other, spacing)) if settings.curve else ()
-    return pair_definitions(own, other, spacing) if settings.definitions else {}, curve, odd
+    pair = measure(own, other, spacing, OFFICIAL)
+    curve = tolerance_curve(pair.surfaces) if settings.curve else ()
+    return measured_definitions(pair) if settings.definitions else {}, curve, odd
 
 
 def _voxels(labels: Labels | None, masks: _Masks) -> dict[str, Voxels]:

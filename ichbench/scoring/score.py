@@ -58,7 +58,7 @@ class Measured:
         return surface.surface_record(self.reference, self.predicted, self.spacing_mm, self.boxes)
 
     @cached_property
-    def edge_distances(self) -> edges.EdgeRecord:
+    def edge_mm(self) -> edges.EdgeRecord:
         return edges.edge_record(self.reference, self.predicted, self.spacing_mm)
 
     @cached_property
@@ -116,10 +116,10 @@ FORMULAS: dict[str, Formula] = {
     "boundary_iou": lambda pair, mm: edges.boundary_iou(
         pair.reference, pair.predicted, pair.spacing_mm, BOUNDARY_SHARE * pair.diagonal_mm if mm is None else mm
     ),
-    "nsd_voxels": lambda pair, tolerance_mm: edges.nsd_voxels(pair.edge_distances, pair.tolerance_mm(tolerance_mm)),
-    "nsd_fractions": lambda pair, tolerance_mm: edges.nsd_fractions(pair.edge_distances, pair.tolerance_mm(tolerance_mm)),
-    "hd_directional": lambda pair, percent: edges.hd_directional(pair.edge_distances, _percent(percent)),
-    "hd_pooled": lambda pair, percent: edges.hd_pooled(pair.edge_distances, _percent(percent)),
+    "nsd_voxels": lambda pair, tolerance_mm: edges.nsd_voxels(pair.edge_mm, pair.tolerance_mm(tolerance_mm)),
+    "nsd_fractions": lambda pair, tolerance_mm: edges.nsd_fractions(pair.edge_mm, pair.tolerance_mm(tolerance_mm)),
+    "hd_directional": lambda pair, percent: edges.hd_directional(pair.edge_mm, _percent(percent)),
+    "hd_pooled": lambda pair, percent: edges.hd_pooled(pair.edge_mm, _percent(percent)),
     "lesion_f1": _lesion(lesions.lesion_f1),
     "lesion_sensitivity": _lesion(lesions.lesion_sensitivity),
     "lesion_precision": _lesion(lesions.lesion_precision),
@@ -152,19 +152,35 @@ def score_masks(
     Any axis order will do as long as all three arguments share it. Returns at least dice, nsd, rvd, hd, hd95, assd,
     reference_ml and predicted_ml (unless `metrics` says otherwise). InputError on anything that is not a pair of masks.
     """
+    pair = measure(reference_zyx, predicted_zyx, spacing_zyx_mm, protocol, voxel_ml=voxel_ml)
+    return score_measured(pair, tuple(pair.protocol.metrics if metrics is None else metrics))
+
+
+def measure(
+    reference_zyx: Any,
+    predicted_zyx: Any,
+    spacing_zyx_mm: Sequence[float],
+    protocol: str | Protocol = "instance2022",
+    *,
+    voxel_ml: float | None = None,
+) -> Measured:
+    """A checked pair, of which nothing has been measured yet; arguments and errors are those of `score_masks`."""
     rules = get_protocol(protocol)
-    keys = tuple(rules.metrics if metrics is None else metrics)
-    wanted = {key: _formula(key) for key in keys}
     reference = overlap.as_mask(reference_zyx, "the reference")
     predicted = overlap.as_mask(predicted_zyx, "the prediction")
     overlap.check_same_shape(reference.shape, predicted.shape)
     spacing_mm = overlap.as_spacing(spacing_zyx_mm)
     if voxel_ml is None:
         voxel_ml = math.prod(sorted(spacing_mm)) / 1000.0  # sorted, so that the order of the axes cannot change the last bit
-    pair = Measured(reference, predicted, spacing_mm, voxel_ml, rules)
+    return Measured(reference, predicted, spacing_mm, voxel_ml, rules)
+
+
+def score_measured(pair: Measured, metrics: Sequence[str]) -> dict[str, float]:
+    """These metrics of a pair under its protocol, which says what an empty mask gets."""
+    wanted = {key: _formula(key) for key in metrics}
     values: dict[str, float] = {}
     for key, (formula, parameter) in wanted.items():
-        declared = rules.empty_rule(key).value(pair.counts.reference, pair.counts.predicted)
+        declared = pair.protocol.empty_rule(key).value(pair.counts.reference, pair.counts.predicted)
         if declared == "diagonal":
             declared = pair.diagonal_mm
         if declared != "drop":
