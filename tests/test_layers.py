@@ -32,6 +32,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "surface",
         "edges",
         "lesions",
+        "lesionwise",
         "protocol",
         "score",
         "tables",
