@@ -38,6 +38,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "tables",
         "detection",
         "definitions",
+        "head",
         "anomalies",
         "layouts",
         "geometry",
