@@ -18,7 +18,7 @@ import pytest
 from test_score import SPACING, box_mask, by_metric, official
 
 from ichbench.errors import CaseError, InputError
-from ichbench.scoring import PROTOCOLS, Pair, rows_for_case, score_files, score_folder, score_pairs
+from ichbench.scoring import PROTOCOLS, Options, Pair, rows_for_case, score_files, score_folder, score_pairs
 from ichbench.scoring import folders as folders_module
 from ichbench.scoring.folders import default_workers, in_order, labels_present, score_each
 from ichbench.scoring.layouts import case_id
@@ -340,6 +340,27 @@ def test_wrong_pairs_name_their_case() -> None:
         score_pairs([], labels={"background": 0, "a": "b"})
     with pytest.raises(InputError, match="workers is 0"):
         list(score_pairs([], workers=0))
+
+
+def test_keywords_are_the_same_everywhere(tmp_path: Path) -> None:
+    """A field of `Options` reaches the rows of all three, and what is no field is refused rather than ignored."""
+    first, second = masks_ijk(1)
+    files = save(tmp_path / "r" / "c.nii.gz", first), save(tmp_path / "p" / "c.nii.gz", second)
+    calls = [
+        lambda **options: list(score_pairs([("c", *files)], "strict", **options)),
+        lambda **options: score_files(*files, "strict", **options),
+        lambda **options: score_folder(tmp_path / "r", tmp_path / "p", "strict", **options),
+    ]
+    assert [call()[0].arm for call in calls] == ["prediction", "prediction", "p"]
+    assert set(Options.__annotations__) == {"arm", "fold", "seed", "labels", "reorient", "workers"}
+    labels = {"background": 0, "a": 1, "b": 2}
+    for call in calls:
+        rows = call(arm="x", fold="0", seed="1", labels=labels, reorient=True, workers=1)
+        assert {row[:3] for row in rows} == {("x", "0", "1")}
+        assert "dice/2" in by_metric(rows)
+        assert by_metric(call())["dice"] == by_metric(rows)["dice"]
+        with pytest.raises(TypeError, match="reorientate"):
+            call(reorientate=True)
 
 
 def test_what_nobody_foresaw_names_the_case_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

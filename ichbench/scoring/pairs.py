@@ -26,7 +26,7 @@ from ichbench.scoring.score import Score, measure, rows_for_case
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """How pairs are scored; the fields are the arguments of `folders.score_pairs`.
+    """How pairs are scored; the first fields are the keywords of `folders.Options`.
 
     label_map      value in a reference file -> value to use
     count_voxels   also fill `Scored.voxels`
