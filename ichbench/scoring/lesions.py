@@ -153,10 +153,9 @@ def lesion_precision(record: LesionRecord, overlap_share: float = 0.0, stratum_m
 def panoptic(record: LesionRecord) -> PanopticQuality:
     """Panoptic quality: sum of the matches' IoU / (matched + missed / 2 + false positives / 2).
 
-    No lesion can have IoU > 0.5 with two others, so there is nothing to choose. (panoptica 2.1 matches at exactly 0.5 too unless
-    `strict_threshold=True`; then 50 random pairs and its own spine examples give the same numbers.) `sq` is the mean IoU of the matches, nan
+    No lesion can have IoU > 0.5 with two others, so there is nothing to choose. `sq` is the mean IoU of the matches, nan
     without one; `rq` is the F1 of the matching. Two empty masks: nan, as a class that neither side has is left out of
-    the mean.
+    the mean. panoptica 2.1 also matches at exactly 0.5 unless `strict_threshold=True`; then its numbers are these.
     """
     union = record.reference_voxels[record.pair_reference] + record.predicted_voxels[record.pair_predicted] - record.pair_voxels
     match = 2 * record.pair_voxels > union
