@@ -145,6 +145,7 @@ def score(
     definitions: Annotated[bool, typer.Option("--definitions", help="the same masks as other tools define the metrics")] = False,
     curve: Annotated[bool, typer.Option("--curve", help="surface Dice (NSD) against its tolerance")] = False,
     anomalies: Annotated[bool, typer.Option(help="warn of what is odd about a prediction; scores stay as they are")] = True,
+    images: Annotated[Path | None, typer.Option(help="the CT, or a folder of them: also warn of voxels outside the head")] = None,
     dataset_json: Annotated[Path | None, typer.Option(help="labels and regions of plain files, from nnU-Net's dataset.json")] = None,
     reorient: Annotated[bool, typer.Option("--reorient", help="turn predictions stored in another axis order; no resampling")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (default: every available core for many cases)")] = None,
@@ -158,7 +159,7 @@ def score(
     from ichbench.scoring.definitions import fold_definitions, mean_curve, render_curve, render_matrix
     from ichbench.scoring.exports import Targets
     from ichbench.scoring.folders import default_workers, labels_present, score_each
-    from ichbench.scoring.layouts import find_pairs
+    from ichbench.scoring.layouts import find_pairs, with_images
     from ichbench.scoring.pairs import Settings
     from ichbench.scoring.protocol import get_protocol
     from ichbench.scoring.score import check_metrics
@@ -167,15 +168,17 @@ def score(
     rules, targets = get_protocol(protocol), Targets(out, wide, summary, metrics_json)
     if metrics is not None:
         rules = replace(rules, metrics=check_metrics(metrics.split(",")))
+    if images is not None and not anomalies:
+        raise InputError("--images is for the checks that --no-anomalies turns off; give one of the two")
     found = find_pairs(reference, prediction, dataset_json)
+    found = found if images is None else with_images(found, images)
     masks = [mask for pair in found.pairs for mask in (pair.reference, pair.prediction) if mask is not None]
-    targets.check(masks)
+    targets.check([*masks, *(pair.image for pair in found.pairs if pair.image is not None)])
     n_workers = default_workers(len(found.pairs)) if workers is None else workers
     try:
         labels = labels_present(masks, n_workers) if each_label and found.labels is None else found.labels
-        settings = Settings(
-            rules, found.arm, "-", "-", labels, found.label_map, reorient, summary is not None, definitions, curve, anomalies
-        )
+        options = Settings(rules, found.arm, labels=labels, label_map=found.label_map, reorient=reorient)
+        settings = replace(options, count_voxels=summary is not None, definitions=definitions, curve=curve, anomalies=anomalies)
         with Progress(len(found.pairs), sys.stderr) as progress:
             scored = list(progress.each(score_each(found.pairs, settings, n_workers)))
     except KeyboardInterrupt:
@@ -188,7 +191,7 @@ def score(
         typer.echo("\n" + render_matrix(fold_definitions(one.definitions for one in scored)).rstrip())
     if curve:
         typer.echo("\n" + render_curve(mean_curve(one.curve for one in scored)).rstrip())
-    for warning in warnings_of(scored, [path.name for path in found.extra]):
+    for warning in warnings_of(scored, [path.name for path in found.extra], found.imageless):
         typer.echo(f"warning: {warning}")
     if targets.paths():
         typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in targets.write(scored, rules, labels)))

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from ichbench.errors import InputError
 from ichbench.scoring import anomalies
-from ichbench.scoring.anomalies import CHECKS, Anomaly, components, find_anomalies, find_head
+from ichbench.scoring.anomalies import CHECKS, Anomaly, components, find_anomalies
 from ichbench.scoring.surface import hausdorff, surface_record
 
 CT = (28, 512, 512)
@@ -189,6 +189,18 @@ def test_the_limits_of_a_volume_belong_to_it() -> None:
     assert "implausible_volume" in kinds(of(40), of(300_001), MM)
 
 
+def test_the_volume_is_that_of_the_voxels_and_not_of_their_edges() -> None:
+    """A sheared grid, whose voxels hold a quarter of the product of their edges: 80 voxels of 1 mm are 0.02 ml there, not 0.08."""
+    mask = box((9, 9, 9), (2, 6), (2, 6), (2, 7))
+    assert kinds(None, mask, MM) == []
+    found = only("implausible_volume", None, mask, MM, voxel_ml=0.25e-3)
+    assert found.evidence == {"ml": pytest.approx(0.02)}
+    # and a block of 27 voxels is a speck only where it is less than the smallest plausible bleed
+    block = box((9, 9, 9), (2, 5), (2, 5), (2, 5))
+    assert "guard_blob" in kinds(None, block, MM)
+    assert "guard_blob" not in kinds(None, block, MM, voxel_ml=4e-3)
+
+
 # --- outside the head --------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +248,6 @@ def test_padding_beside_air_and_voxels_that_are_not_numbers() -> None:
     image[0, -1, -1] = np.inf
     assert "outside_head" in kinds(None, box(image.shape, (8, 12), (90, 95), (6, 11)), MM, image)
     assert "outside_head" not in kinds(None, box(image.shape, (8, 12), (90, 95), (98, 103)), MM, image)
-    assert find_head(np.full((4, 9, 9), np.nan), (40.0, 40.0, 40.0)) is None
 
 
 def test_air_in_a_clipped_window_need_not_be_one_value() -> None:
@@ -273,29 +284,6 @@ def test_silent_where_the_reference_is_outside_or_there_is_no_head() -> None:
     rng = np.random.default_rng(0)
     for other in (rng.normal(0, 1, image.shape), np.zeros(image.shape), np.full(image.shape, -1000), rng.uniform(0, 1, image.shape)):
         assert "outside_head" not in kinds(None, outside, MM, other)
-    # a ball of 0.5 ml is no head, whatever is beside it
-    assert find_head(np.where(ball(image.shape, (10, 90, 90), (5, 5, 5)), 30, -1000), MM) is None
-
-
-@pytest.mark.parametrize(("planes", "found"), [(19, False), (20, True)])
-def test_a_head_has_200_ml_in_one_piece(planes: int, found: bool) -> None:
-    """Voxels of 8 mm3, all of them looked at: 25 x 50 x 20 are 200 ml; what lies apart does not help."""
-    image = np.full((60, 60, 60), -1000)
-    image[5:30, 5:55, 5 : 5 + planes] = 30
-    image[40:55, 5:55, 5:20] = 30
-    assert (find_head(image, (2.0, 2.0, 2.0)) is not None) == found
-
-
-def test_the_coarse_head_is_the_head() -> None:
-    """Found on every fourth voxel of 0.45 mm, and on all of them: the same to about two voxels of 2 mm."""
-    image = np.full((6, 400, 400), -1000, dtype=np.int16)
-    truth = ball(image.shape, (2.5, 200, 190), (1e6, 170, 140))
-    image[truth] = 30
-    head, steps = find_head(image, CT_MM) or pytest.fail("no head")
-    assert steps == (1, 4, 4)
-    grown = np.repeat(np.repeat(head, 4, axis=1), 4, axis=2)[:, :400, :400]
-    assert grown[truth].all()
-    assert not (grown & ~ndimage.binary_dilation(truth, np.ones((1, 17, 17)))).any()
 
 
 # --- flips -------------------------------------------------------------------------------------------------------------

@@ -403,7 +403,7 @@ def test_bad_input_of_score_is_one_message_and_nothing_overwritten(here: Here, t
     said = {
         "protocol": "there is no protocol 'x'", "absent": "absent does not exist", "file and folder": "give two folders or two files",
         "shape": "case 000: ", "damaged": "case 000: ", "labels": "case 000: ", "output": "file is not a folder", "twice": "written twice",
-        "over a mask": "is one of the masks", "json": "cannot be read as JSON",
+        "over a mask": "is one of the files to be read", "json": "cannot be read as JSON",
     }  # fmt: skip
     match kind:
         case "protocol":
@@ -453,6 +453,41 @@ def test_score_of_real_masks(here: Here, shared_data: Path, tmp_path: Path) -> N
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["ichbench"]["cases"] == {"n": 13, "n_missing": 0, "n_empty_prediction": 1, "n_empty_reference": 0}
     assert found["aggregates"]["HausdorffDistance"]["n_infinite"] == 1
+
+
+def test_score_looks_outside_the_head_when_given_the_images(here: Here, small_phantom: Path, tmp_path: Path) -> None:
+    """Case 0 gets a block in the air, case 1 has no image; images turned round are turned back by --reorient."""
+    import nibabel
+
+    references = sorted((small_phantom / "labelsTr").iterdir())[:2]
+    images, predictions = tmp_path / "images", tmp_path / "p"
+    images.mkdir()
+    for number, path in enumerate(references):
+        loaded = nibabel.load(path)
+        mask = np.asarray(loaded.dataobj).copy()
+        mask_file(tmp_path / "r" / path.name, mask, loaded.affine)
+        if number == 0:
+            mask[3:6, 3:6, 4:7] = 1
+        mask_file(predictions / path.name, mask, loaded.affine)
+    case = references[0].name.removesuffix(".nii.gz")
+    image = nibabel.load(small_phantom / "imagesTr" / f"{case}_0000.nii.gz")
+    image.to_filename(images / f"{case}_0000.nii.gz")
+    arguments = ("score", tmp_path / "r", predictions, "--out", tmp_path / "s.csv")
+    plain = here(*arguments)
+    assert plain.returncode == 0, plain.stderr
+    rows = (tmp_path / "s.csv").read_bytes()
+    assert "outside_head" not in plain.stdout
+    done = here(*arguments, "--images", images)
+    assert done.returncode == 0, done.stderr
+    assert f"outside_head in 1 of 2 cases ({case})" in done.stdout
+    assert "warning: 1 of 2 cases have no image, so nothing is said about their head: " + references[1].name[:-7] in done.stdout
+    assert (tmp_path / "s.csv").read_bytes() == rows
+    other = nibabel.as_closest_canonical(image)
+    assert nibabel.aff2axcodes(other.affine) != nibabel.aff2axcodes(image.affine)
+    other.to_filename(images / f"{case}_0000.nii.gz")
+    assert "turns the image" in one_line(here(*arguments, "--images", images))
+    assert f"outside_head in 1 of 2 cases ({case})" in here(*arguments, "--images", images, "--reorient").stdout
+    assert "--no-anomalies" in one_line(here(*arguments, "--images", images, "--no-anomalies"))
 
 
 def test_score_says_more_when_asked(here: Here, tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ MEASURED = {
 
 @pytest.mark.parametrize("radii_mm", list(MEASURED))
 def test_the_sizes_of_the_facts_as_the_peers_measure_them(radii_mm: tuple[int, int, int]) -> None:
-    """NSD moves by up to 11 points with the tool. Sizes of facts, C4, whose second ellipsoids are not recorded; here it is 5 %
+    """NSD moves by up to 11 points with the tool. Sizes of facts, C4, whose own pairs are in tests/golden; here the second is 5 %
     longer in y, 5 % shorter in x and moved by 1 and 2 voxels. By area: surface-distance 0.1. Count, directional percentile,
     pooled mean: MONAI 1.6.1 (float32). Pooled percentile: MedPy 0.5.2. Fractions, mean of means: the formula of panoptica on
     SciPy's distances. tests/parity compares the same pairs with the tools themselves.

@@ -268,7 +268,7 @@ def test_nothing_is_written_where_one_output_cannot_be(tmp_path: Path) -> None:
         (Targets(tmp_path / "a.csv", metrics=tmp_path / "file" / "x.json"), "file is not a folder that may be written to"),
         (Targets(tmp_path / "a.csv", wide=tmp_path / "folder" / ".." / "a.csv"), "would be written twice"),
         (Targets(tmp_path / "a.csv", metrics=tmp_path / "a.protocol.json"), "would be written twice"),
-        (Targets(tmp_path / "a.csv", summary=mask), "mask.nii.gz is one of the masks"),
+        (Targets(tmp_path / "a.csv", summary=mask), "mask.nii.gz is one of the files to be read"),
     ):
         with pytest.raises(InputError, match=words):
             targets.check([mask])

@@ -18,7 +18,7 @@ import pytest
 from test_score import SPACING, box_mask, by_metric, official
 
 from ichbench.errors import CaseError, InputError
-from ichbench.scoring import PROTOCOLS, Pair, rows_for_case, score_files, score_folder, score_pairs
+from ichbench.scoring import PROTOCOLS, Options, Pair, rows_for_case, score_files, score_folder, score_pairs
 from ichbench.scoring import folders as folders_module
 from ichbench.scoring.folders import default_workers, in_order, labels_present, score_each
 from ichbench.scoring.layouts import case_id
@@ -257,6 +257,20 @@ def test_label_maps_are_applied_to_references_at_once(tmp_path: Path) -> None:
     assert found["dice"] == found["dice/1"] == found["dice/2"] == 1.0
 
 
+@pytest.mark.parametrize("kind", [np.bool_, np.uint8, np.int8, np.int16, np.uint16])
+def test_a_label_map_does_not_wrap(kind: type) -> None:
+    """300 is 44 in eight bits; 70000 needs more than sixteen."""
+    reference = np.zeros((6, 6, 4), dtype=kind)
+    reference[1] = 1
+    for target in (300, 70_000):
+        labels = {"background": 0, "a": target, "wrapped": target % 256}
+        settings = Settings(PROTOCOLS["strict"], labels=labels, label_map={1: target, 999: 0})
+        predicted = reference.astype(np.int64) * target
+        found = by_metric(list(score_pair((settings, as_pair(("c", reference, predicted, SPACING)))).rows))
+        assert found[f"dice/{target}"] == found["dice"] == 1.0
+        assert found[f"empty_reference/{target % 256}"] == 1.0
+
+
 def test_voxels_of_a_sheared_grid_are_smaller_than_their_edges_say(tmp_path: Path) -> None:
     """A tilted gantry: volumes by the determinant, as everywhere in the project; spacings stay those of the header."""
     affine = np.diag([0.5, 0.5, 5.0, 1.0])
@@ -265,6 +279,15 @@ def test_voxels_of_a_sheared_grid_are_smaller_than_their_edges_say(tmp_path: Pat
     nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), tmp_path / "r.nii.gz")
     found = by_metric(score_files(tmp_path / "r.nii.gz", None))
     assert found["reference_ml"] == pytest.approx(mask.sum() * 0.5 * 0.5 * 4.0 / 1000, rel=1e-6)
+    # 45 voxels have 0.045 ml there, less than the smallest plausible bleed, and not the 0.05625 ml of their edges
+    few = np.zeros((9, 8, 5))
+    few[1:4, 1:6, 1:4] = 1
+    nib.save(nib.Nifti1Image(few.astype(np.uint8), affine), tmp_path / "few.nii.gz")
+    nib.save(nib.Nifti1Image(0 * few.astype(np.uint8), affine), tmp_path / "none.nii.gz")
+    odd = score_pair(
+        (Settings(PROTOCOLS["strict"], anomalies=True), Pair("c", tmp_path / "none.nii.gz", tmp_path / "few.nii.gz"))
+    ).anomalies
+    assert {"ml": pytest.approx(0.045)} in [one.evidence for one in odd if one.kind == "implausible_volume"]
 
 
 def test_labels_present(tmp_path: Path) -> None:
@@ -317,6 +340,27 @@ def test_wrong_pairs_name_their_case() -> None:
         score_pairs([], labels={"background": 0, "a": "b"})
     with pytest.raises(InputError, match="workers is 0"):
         list(score_pairs([], workers=0))
+
+
+def test_keywords_are_the_same_everywhere(tmp_path: Path) -> None:
+    """A field of `Options` reaches the rows of all three, and what is no field is refused rather than ignored."""
+    first, second = masks_ijk(1)
+    files = save(tmp_path / "r" / "c.nii.gz", first), save(tmp_path / "p" / "c.nii.gz", second)
+    calls = [
+        lambda **options: list(score_pairs([("c", *files)], "strict", **options)),
+        lambda **options: score_files(*files, "strict", **options),
+        lambda **options: score_folder(tmp_path / "r", tmp_path / "p", "strict", **options),
+    ]
+    assert [call()[0].arm for call in calls] == ["prediction", "prediction", "p"]
+    assert set(Options.__annotations__) == {"arm", "fold", "seed", "labels", "reorient", "workers"}
+    labels = {"background": 0, "a": 1, "b": 2}
+    for call in calls:
+        rows = call(arm="x", fold="0", seed="1", labels=labels, reorient=True, workers=1)
+        assert {row[:3] for row in rows} == {("x", "0", "1")}
+        assert "dice/2" in by_metric(rows)
+        assert by_metric(call())["dice"] == by_metric(rows)["dice"]
+        with pytest.raises(TypeError, match="reorientate"):
+            call(reorientate=True)
 
 
 def test_what_nobody_foresaw_names_the_case_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

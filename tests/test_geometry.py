@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from ichbench.cases.case import Grid
-from ichbench.cases.images import read_labels
+from ichbench.cases.images import read_image, read_labels
 from ichbench.errors import InputError
-from ichbench.scoring import score_files, score_folder
+from ichbench.scoring import PROTOCOLS, Pair, score_files, score_folder
 from ichbench.scoring.geometry import agree, onto_reference, same_voxels
+from ichbench.scoring.pairs import Settings, score_pair
 
 SHAPE = (7, 6, 5)
 TURNS = [(order, flips) for order in permutations(range(3)) for flips in product((False, True), repeat=3)]
@@ -174,3 +176,22 @@ def test_real_scans_with_turned_predictions(shared_data: Path, tmp_path: Path) -
         image = nib.load(path)
         other = save(tmp_path / f"{case}.nii.gz", *turned(np.asarray(image.dataobj), image.affine, *turn))
         assert score_files(reference, other, reorient=True) == score_files(reference, path)
+
+
+def test_an_image_lies_on_the_reference_too(tmp_path: Path) -> None:
+    """The checks see the image in the order of the masks, or one message that names it and both geometries."""
+    affine = affine_of()
+    files = [save(tmp_path / f"{name}.nii.gz", mask, affine) for name, mask in (("r", MASK), ("p", OTHER))]
+    order, flips = (2, 0, 1), (True, False, True)
+    picture = save(tmp_path / "i.nii.gz", *turned(np.arange(MASK.size).reshape(SHAPE) % 251, affine, order, flips))
+    values, grid = read_image(picture, keep_file_order=True)
+    _, reference = read_labels(files[0], keep_file_order=True)
+    assert np.array_equal(onto_reference(values, grid, reference, True, "image").T, np.arange(MASK.size).reshape(SHAPE) % 251)
+    settings = Settings(PROTOCOLS["strict"], anomalies=True)
+    with pytest.raises(InputError, match=r"case c: .*those of the image.*turns the image.*i\.nii\.gz"):
+        score_pair((settings, Pair("c", *files, image=picture)))
+    assert score_pair((replace(settings, reorient=True), Pair("c", *files, image=picture))).rows
+    short = save(tmp_path / "short.nii.gz", MASK[1:], affine)
+    with pytest.raises(InputError, match=r"reference and image differ in shape .*give the image that the masks were drawn on"):
+        score_pair((settings, Pair("c", *files, image=short)))
+    assert score_pair((replace(settings, anomalies=False), Pair("c", *files, image=short))).rows  # nobody looks at it

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ichbench.errors import InputError
-from ichbench.scoring.layouts import case_id, check_labels, files_by_case, find_pairs, references_in, regions_of
+from ichbench.scoring.layouts import case_id, check_labels, files_by_case, find_pairs, references_in, regions_of, with_images
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -169,3 +169,31 @@ def test_label_maps_of_data_sets(tmp_path: Path) -> None:
     declare(tmp_path, CLOT, label_map={"2": 1, "5": 1})
     touch(tmp_path / "labelsTr", "1.nii.gz")
     assert find_pairs(tmp_path, tmp_path / "labelsTr").label_map == {2: 1, 5: 1}
+
+
+def test_images_are_matched_by_case(tmp_path: Path) -> None:
+    """As INSTANCE names them, as nnU-Net does, and a case that itself ends in _0000; other channels and cases do not matter."""
+    masks = ("a.nii.gz", "b.nii.gz", "c_0000.nii", "d.nii.gz")
+    found = find_pairs(touch(tmp_path / "r", *masks), touch(tmp_path / "p", *masks))
+    images = touch(tmp_path / "i", "a.nii", "b_0000.nii.gz", "b_0001.nii.gz", "c_0000.nii.gz", "d_0001.nii.gz", "e.nii.gz")
+    paired = with_images(found, images)
+    assert [pair.image for pair in paired.pairs] == [images / "a.nii", images / "b_0000.nii.gz", images / "c_0000.nii.gz", None]
+    assert paired.imageless == ("d",)
+    assert [pair.image for pair in found.pairs] == [None] * 4
+    (single,) = with_images(find_pairs(tmp_path / "r" / "a.nii.gz", tmp_path / "p" / "b.nii.gz"), images / "e.nii.gz").pairs
+    assert (single.case, single.image) == ("a", images / "e.nii.gz")
+    for given, words in (
+        (images / "a.nii", "one image, but there are 4 references"),
+        (tmp_path / "absent", "absent does not exist"),
+        (touch(tmp_path / "others", "x.nii.gz"), r"no image for any of the 4 references.*a\.nii\.gz or a_0000\.nii\.gz"),
+        (touch(tmp_path / "twice", "a.nii", "a_0000.nii.gz"), r"two images of case a: a\.nii and a_0000\.nii\.gz"),
+    ):
+        with pytest.raises(InputError, match=words):
+            with_images(found, given)
+
+
+def test_images_of_a_real_data_set(shared_data: Path) -> None:
+    folder = shared_data / "Dataset501_PHE"
+    found = with_images(find_pairs(folder, shared_data / "phe_derived_hematoma"), folder / "imagesTs")
+    assert not found.imageless
+    assert all(pair.image.name == f"{pair.case}_0000.nii.gz" for pair in found.pairs)

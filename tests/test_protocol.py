@@ -81,6 +81,11 @@ def test_smoothing_is_the_official_one_and_strict_has_none() -> None:
     assert PROTOCOLS["strict"].dice_smooth == 0.0
 
 
+def test_monai_is_not_said_to_have_a_tolerance_of_its_own() -> None:
+    assert "0.42 mm is ours" in PROTOCOLS["monai"].text
+    assert PROTOCOLS["monai"].tolerance_mm == PROTOCOLS["instance2022"].tolerance_mm
+
+
 def test_metric_table_is_complete_and_its_directions_are_right() -> None:
     assert set(METRICS) == set(FORMULAS) | set(MARKS)
     assert set(PARAMETERS) <= set(FORMULAS)

@@ -196,6 +196,47 @@ def test_sums_that_land_on_the_tolerance_are_decided_as_the_package_does(spacing
         assert_same_bits(mask, np.roll(mask, shift, axis=(0, 1, 2)), spacing)
 
 
+def egg(shape: tuple[int, ...], centre: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    terms = zip(np.ogrid[tuple(slice(0, n) for n in shape)], centre, radii, strict=True)
+    return np.asarray(sum(((axis - c) / radius) ** 2 for axis, c, radius in terms) <= 1)
+
+
+def test_equal_sums_on_both_sides_of_the_tolerance_are_decided_by_the_transform() -> None:
+    """At 0.084 mm, five voxels are 0.42 mm: 5 + 0 + 0, or 4 + 3 + 0, whose last bit is another."""
+    rng = np.random.default_rng(2022)
+    spacing, tolerance_mm, decided = (0.084, 0.084, 0.084), 0.42, 0
+    for _ in range(120):
+        masks = [egg((12, 30, 30), rng.normal((6, 15, 15), (0.5, 2, 2)), rng.uniform((2, 4, 4), (4, 9, 9))) for _ in range(2)]
+        record, expected = surface_record(*masks, spacing), by_package(*masks, spacing)[1]["nsd@0.42"]
+        assert surface.nsd(record, tolerance_mm) == expected
+        sides = ((record.reference_mm, record.reference_mm2), (record.predicted_mm, record.predicted_mm2))
+        bare = sum(areas[distances <= tolerance_mm].sum() for distances, areas in sides) / sum(areas.sum() for _, areas in sides)
+        decided += abs(bare - expected) > 1e-9
+    assert decided > 0, "no pair here needed the transform: draw others"
+
+
+@pytest.mark.parametrize(
+    ("spacing", "tolerance_mm"),
+    [
+        ((0.084,) * 3, 0.42),
+        ((0.14,) * 3, 0.42),
+        ((5.0, 0.42, 0.42), 0.42),
+        ((0.1,) * 3, 0.3),
+        ((0.43, 0.5, 0.71), 0.42),
+        ((1.0,) * 3, 3.0),
+        ((0.7, 0.1, 0.3), 1.1),
+    ],
+)
+def test_where_equal_sums_lie_on_both_sides(spacing: tuple[float, float, float], tolerance_mm: float) -> None:
+    reach = range(int(max(tolerance_mm / edge for edge in spacing)) + 3)
+    lengths = [
+        math.sqrt(sum((n * edge) ** 2 for n, edge in zip(steps, spacing, strict=True))) for steps in itertools.product(reach, repeat=3)
+    ]
+    close = [length for length in lengths if abs(length - tolerance_mm) <= 1e-12 * tolerance_mm]
+    expected = any(length <= tolerance_mm for length in close) and any(length > tolerance_mm for length in close)
+    assert surface._straddled(spacing, tolerance_mm) == expected
+
+
 # --- brute force and invariances ---------------------------------------------------------------------------------------
 
 SMALL = st.tuples(*[st.integers(1, 5)] * 3)

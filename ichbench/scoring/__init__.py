@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ichbench.scoring.folders import score_files, score_folder, score_pairs
+from ichbench.scoring.folders import Options, score_files, score_folder, score_pairs
 from ichbench.scoring.layouts import Pair
 from ichbench.scoring.protocol import METRICS, PROTOCOLS, Metric, Protocol
 from ichbench.scoring.score import Score, rows_for_case, score_masks
@@ -13,6 +13,7 @@ __all__ = [
     "PROTOCOLS",
     "Aggregate",
     "Metric",
+    "Options",
     "Pair",
     "Protocol",
     "Score",

@@ -6,10 +6,8 @@ the constants below, each with its reason. What a reference shows to be right is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -17,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.errors import InputError
-from ichbench.scoring.overlap import Counts, MaskArray, as_mask, as_spacing, check_same_shape, dice
+from ichbench.scoring.head import find_head
+from ichbench.scoring.overlap import Counts, as_mask, dice
+from ichbench.scoring.score import Measured, measure
 from ichbench.scoring.surface import hausdorff, surface_record
 
 #: Less is 50 voxels of 0.45 x 0.45 x 5 mm, which two readers would not agree on; more is a fifth of the skull's content.
@@ -33,10 +33,6 @@ SPECK_DROP_MM = 10.0
 #: A flip must raise Dice by so much, and to so much. Masks of other patients pass in 2 % of 4454 pairs of phantoms and in none
 #: of 560 pairs of real masks; without FLIP_DICE it would be 9 % and 1 %.
 FLIP_MARGIN, FLIP_DICE = 0.25, 0.5
-#: Air and padding (-1000 to -3024 HU) lie below, fat (-100) and all else above; in an image clipped to a window, so far above its minimum.
-HEAD_HU, CLIPPED_AIR_HU = -200.0, 10.0
-#: The head is looked for on voxels of about 2 mm, which is many times faster. Less than 200 ml, two thick slices, is none.
-HEAD_STEP_MM, HEAD_ML = 2.0, 200.0
 #: Too much lies outside the head: this part of the prediction, or the smallest plausible bleed.
 OUTSIDE_SHARE = 0.01
 
@@ -59,13 +55,12 @@ class Anomaly:
 class Checked:
     """One prediction with foreground, and what the checks need; no reference is an empty one. Inputs: `find_anomalies`.
 
+    pair                      both masks in the order (z, y, x), with their counts and surfaces
     targets_zyx, places_zyx   (3, n) indices of the foreground of reference and prediction, in C order
     component, sizes          number of the 26-connected component of each predicted voxel; voxels of each component
     """
 
-    reference: MaskArray
-    predicted: MaskArray
-    spacing_zyx_mm: tuple[float, float, float]
+    pair: Measured
     image_hu: NDArray[Any] | None
     hd_mm: float | None
     axis_codes_zyx: str
@@ -74,23 +69,14 @@ class Checked:
     component: Places
     sizes: Places
 
-    @cached_property
-    def counts(self) -> Counts:
-        both = np.count_nonzero(self.reference[tuple(self.places_zyx)])
-        return Counts(self.targets_zyx.shape[1], self.places_zyx.shape[1], int(both))
-
-    @property
-    def voxel_ml(self) -> float:
-        return math.prod(sorted(self.spacing_zyx_mm)) / 1000.0
-
     @property
     def specks(self) -> NDArray[np.bool_]:
-        return self.sizes <= max(1, min(SPECK_VOXELS, int(PLAUSIBLE_ML[0] / self.voxel_ml)))
+        return self.sizes <= max(1, min(SPECK_VOXELS, int(PLAUSIBLE_ML[0] / self.pair.voxel_ml)))
 
 
 def find_anomalies(
     reference_zyx: Any | None, predicted_zyx: Any, spacing_zyx_mm: Sequence[float], image_hu_zyx: Any | None = None, *,
-    hd_mm: float | None = None, axis_codes_zyx: str = "SPL",
+    hd_mm: float | None = None, axis_codes_zyx: str = "SPL", voxel_ml: float | None = None,
 ) -> tuple[Anomaly, ...]:  # fmt: skip
     """What is odd about a prediction, in the order of CHECKS, at most one of each kind. An empty one is not odd but empty.
 
@@ -100,21 +86,21 @@ def find_anomalies(
     image_hu_zyx     the CT in HU, or None: then nothing is said about the head
     hd_mm            the Hausdorff distance (100 %) of the pair where it is known; saves time when a far speck is found
     axis_codes_zyx   `Grid.axis_codes_zyx`, to name the direction of a flip
+    voxel_ml         volume of a voxel where it is not the product of the edges (a sheared grid, `Grid.voxel_ml`)
 
     The inputs are not changed. InputError unless they are masks and an image on one grid.
     """
     predicted = as_mask(predicted_zyx, "the prediction")
-    reference = np.zeros(predicted.shape, dtype=bool) if reference_zyx is None else as_mask(reference_zyx, "the reference")
-    check_same_shape(reference.shape, predicted.shape)
-    spacing_mm = as_spacing(spacing_zyx_mm)
+    reference = np.zeros(predicted.shape, dtype=bool) if reference_zyx is None else reference_zyx
+    pair = measure(reference, predicted, spacing_zyx_mm, voxel_ml=voxel_ml)
     image = None if image_hu_zyx is None else np.asarray(image_hu_zyx)
     if image is not None and (image.dtype.kind not in "iuf" or image.shape != predicted.shape):
         raise InputError(f"the image has shape {image.shape} and type {image.dtype}; HU on the masks' grid {predicted.shape} are needed")
-    targets, places = (np.array(np.unravel_index(np.flatnonzero(mask), mask.shape)) for mask in (reference, predicted))
-    if not places.size:
+    if not pair.counts.predicted:
         return ()
+    targets, places = (np.array(np.unravel_index(np.flatnonzero(mask), mask.shape)) for mask in (pair.reference, pair.predicted))
     component = components(places)
-    checked = Checked(reference, predicted, spacing_mm, image, hd_mm, axis_codes_zyx, targets, places, component, np.bincount(component))
+    checked = Checked(pair, image, hd_mm, axis_codes_zyx, targets, places, component, np.bincount(component))
     found = {kind: finding for kind, check in CHECKS.items() if (finding := check(checked)) is not None}
     return tuple(Anomaly(kind, text, {name: float(n) for name, n in evidence.items()}) for kind, (text, evidence) in found.items())
 
@@ -125,9 +111,9 @@ def guard_blob(checked: Checked) -> Finding | None:
     An outline is a component within one slice that encloses OUTLINE_HOLLOW times its own voxels. The docker of Viola-Unet (main.py in
     github.com/samleoqh/Viola-Unet) draws a circle of radius 100 voxels into a mask that would be empty; its authors call it a warning.
     """
-    outlines, total = _outlines(checked), checked.counts.predicted
+    outlines, total = _outlines(checked), checked.pair.counts.predicted
     voxels = int(checked.sizes[outlines].sum()) if outlines else total
-    numbers = {"voxels": voxels, "ml": voxels * checked.voxel_ml, "share": voxels / total}
+    numbers = {"voxels": voxels, "ml": voxels * checked.pair.voxel_ml, "share": voxels / total}
     size = f"({voxels} voxel(s), {numbers['ml']:.3g} ml)"
     guards = "it only turns an infinite Hausdorff distance into a finite one. Read this case as an empty prediction"
     if outlines:
@@ -135,7 +121,7 @@ def guard_blob(checked: Checked) -> Finding | None:
         text = f"{len(outlines)} closed outline(s) one slice thick {size}, the first on slice {first}: circles and boxes drawn by "
         text += f"hand or program, not bleeds. {f'Nothing else is there, so {guards}' if voxels == total else 'Take it out of the mask'}"
         return text, numbers | {"outlines": len(outlines), "slice": first}
-    if not checked.specks.all() or dice(checked.counts) >= SPECK_HIT_DICE:
+    if not checked.specks.all() or dice(checked.pair.counts) >= SPECK_HIT_DICE:
         return None
     n = checked.sizes.size
     return f"nothing but {n} speck(s) {size} is predicted, too little for a bleed: {guards}", numbers | {"specks": n}
@@ -154,7 +140,7 @@ def touches_end_slice(checked: Checked) -> Finding | None:
 def implausible_volume(checked: Checked) -> Finding | None:
     """A volume outside PLAUSIBLE_ML, unless the reference is beyond the same limit."""
     low, high = PLAUSIBLE_ML
-    reference_ml, ml = checked.counts.reference * checked.voxel_ml, checked.counts.predicted * checked.voxel_ml
+    reference_ml, ml = checked.pair.counts.reference * checked.pair.voxel_ml, checked.pair.counts.predicted * checked.pair.voxel_ml
     if low <= ml <= high or (ml < low and 0 < reference_ml < low) or (ml > high and reference_ml > high):
         return None
     advice = "it may be noise, so look at it" if ml < low else "check the spacing in the header, the threshold, and for an inverted mask"
@@ -166,12 +152,12 @@ def outside_head(checked: Checked) -> Finding | None:
 
     Silent as well if the reference lies outside by as much: then the head was not found rightly, or this is another scan.
     """
-    found = None if checked.image_hu is None else find_head(checked.image_hu, checked.spacing_zyx_mm)
+    found = None if checked.image_hu is None else find_head(checked.image_hu, checked.pair.spacing_mm, checked.pair.voxel_ml)
     if found is None:
         return None
     head, steps = found
     outside = [~head[tuple(places // np.array(steps)[:, None])] for places in (checked.targets_zyx, checked.places_zyx)]
-    _, (ml, share) = sums = [(int(own.sum()) * checked.voxel_ml, int(own.sum()) / max(1, own.size)) for own in outside]
+    _, (ml, share) = sums = [(int(own.sum()) * checked.pair.voxel_ml, int(own.sum()) / max(1, own.size)) for own in outside]
     if [own_ml >= PLAUSIBLE_ML[0] or part >= OUTSIDE_SHARE for own_ml, part in sums] != [False, True]:
         return None
     text = f"{share:.1%} of the prediction ({ml:.3g} ml) lie outside the head, where no bleed is. Check that image and mask are one scan "
@@ -180,13 +166,13 @@ def outside_head(checked: Checked) -> Finding | None:
 
 def flipped(checked: Checked) -> Finding | None:
     """A prediction whose Dice rises by FLIP_MARGIN, to FLIP_DICE or more, when axes are reversed (any of the seven ways)."""
-    counts, shape = checked.counts, checked.predicted.shape
+    counts, shape = checked.pair.counts, checked.pair.predicted.shape
     given, needed = dice(counts), max(dice(counts) + FLIP_MARGIN, FLIP_DICE)
     if dice(Counts(counts.reference, counts.predicted, min(counts.reference, counts.predicted))) < needed:
         return None  # no arrangement of these voxels could be that much better
     strides = (shape[1] * shape[2], shape[2], 1)
     ways = [(at * step, (n - 1 - at) * step) for at, n, step in zip(checked.places_zyx, shape, strides, strict=True)]
-    flat, best, axes = checked.reference.reshape(-1), counts.both, (False, False, False)
+    flat, best, axes = checked.pair.reference.reshape(-1), counts.both, (False, False, False)
     # fewest axes first, and a tie is no gain: what is symmetric along an axis is not said to be flipped along it
     for z, y, x in sorted(product((False, True), repeat=3), key=sum):
         both = int(np.count_nonzero(flat[ways[0][z] + ways[1][y] + ways[2][x]]))
@@ -208,7 +194,7 @@ def speck_far(checked: Checked) -> Finding | None:
     specks = checked.specks
     if not specks.any() or not checked.targets_zyx.size:
         return None
-    spacing_mm = np.asarray(checked.spacing_zyx_mm)[:, None]
+    spacing_mm = np.asarray(checked.pair.spacing_mm)[:, None]
     chosen = specks[checked.component]
     # at most 20,000 voxels of the reference: a distance may come out a little long here, and HD itself decides below
     targets_mm = checked.targets_zyx[:, :: 1 + checked.targets_zyx.shape[1] // 20_000] * spacing_mm
@@ -217,10 +203,10 @@ def speck_far(checked: Checked) -> Finding | None:
     far = np.bincount(checked.component[chosen], nearest_mm >= SPECK_DROP_MM, specks.size) > 0
     if not far.any():
         return None
-    gone, without = far[checked.component], checked.predicted.copy()
+    gone, without = far[checked.component], checked.pair.predicted.copy()
     without[tuple(checked.places_zyx[:, gone])] = False
-    after_mm = hausdorff(surface_record(checked.reference, without, checked.spacing_zyx_mm), 100)
-    before_mm = checked.hd_mm or hausdorff(surface_record(checked.reference, checked.predicted, checked.spacing_zyx_mm), 100)
+    after_mm = hausdorff(surface_record(checked.pair.reference, without, checked.pair.spacing_mm), 100)
+    before_mm = checked.hd_mm or hausdorff(checked.pair.surfaces, 100)
     if not before_mm - after_mm >= SPECK_DROP_MM:
         return None
     text = f"removing {far.sum()} far speck(s) ({gone.sum()} voxel(s)) would lower the Hausdorff distance from {before_mm:.1f} to "
@@ -249,24 +235,6 @@ def components(places_zyx: Places) -> Places:
     return np.asarray(ndimage.label(mask, np.ones((3, 3, 3)))[0][moved] - 1, dtype=np.intp)
 
 
-def find_head(image_hu_zyx: NDArray[Any], spacing_zyx_mm: Sequence[float]) -> tuple[MaskArray, tuple[int, ...]] | None:
-    """The head on every n-th voxel, one such voxel too wide, and n per axis; None if there is less than HEAD_ML of it.
-
-    The largest part above air, headrests that touch it included, with holes (sinuses, dark brain) filled slice by slice.
-    """
-    from scipy import ndimage
-
-    steps = tuple(max(1, int(HEAD_STEP_MM / mm)) for mm in spacing_zyx_mm)
-    coarse = image_hu_zyx[:: steps[0], :: steps[1], :: steps[2]].astype(np.float64)
-    air = float(np.min(coarse, where=np.isfinite(coarse), initial=math.inf))
-    label, _ = ndimage.label(coarse > (HEAD_HU if air < HEAD_HU else air + CLIPPED_AIR_HU))
-    sizes = np.bincount(label[label > 0], minlength=1)
-    if sizes.max() * math.prod(spacing_zyx_mm) * math.prod(steps) / 1000.0 < HEAD_ML:
-        return None
-    head = ndimage.binary_fill_holes(label == sizes.argmax(), ndimage.generate_binary_structure(2, 1)[None])
-    return ndimage.binary_dilation(head, np.ones((1, 3, 3))), steps
-
-
 def _outlines(checked: Checked) -> list[int]:
     """Numbers of the components that are outlines and do not lie, by half or more, on the reference."""
     from scipy import ndimage
@@ -282,7 +250,7 @@ def _outlines(checked: Checked) -> list[int]:
         picture = np.zeros(extent[1:, number], dtype=bool)
         picture[y - low[1, number], x - low[2, number]] = True
         enclosed = np.count_nonzero(ndimage.binary_fill_holes(picture)) - z.size
-        if enclosed >= OUTLINE_HOLLOW * z.size and 2 * np.count_nonzero(checked.reference[z, y, x]) < z.size:
+        if enclosed >= OUTLINE_HOLLOW * z.size and 2 * np.count_nonzero(checked.pair.reference[z, y, x]) < z.size:
             found.append(number)
     return found
 
@@ -290,10 +258,10 @@ def _outlines(checked: Checked) -> list[int]:
 def _touched(checked: Checked, axes: Sequence[int], text: str) -> Finding | None:
     found: dict[str, int] = {}
     for axis, end in product(axes, (0, -1)):
-        last = checked.predicted.shape[axis] - 1
+        last = checked.pair.predicted.shape[axis] - 1
         voxels = int(np.count_nonzero(checked.places_zyx[axis] == (last if end else 0)))
         # along an axis of one or two planes everything is at the border
-        if voxels and last >= 2 and not checked.reference.take(end, axis).any():
+        if voxels and last >= 2 and not checked.pair.reference.take(end, axis).any():
             found[f"{_AXES[axis]}_{'last' if end else 'first'}"] = voxels
     planes = ", ".join(f"{n} voxel(s) on the {name[2:]} {name[0]} plane" for name, n in found.items())
     return (f"the prediction has {planes}: {text}", {**found}) if found else None

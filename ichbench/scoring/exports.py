@@ -50,7 +50,7 @@ class Targets:
             if places.count(place) > 1:
                 raise InputError(f"{path} would be written twice (a CSV brings its .protocol.json); give every output its own name")
             if place in sources:
-                raise InputError(f"{path} is one of the masks to be scored; give the output another name")
+                raise InputError(f"{path} is one of the files to be read; give the output another name")
             folder = next(parent for parent in place.parents if parent.exists())
             if place.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
                 what = "is a folder" if place.is_dir() else f"cannot be written: {folder} is not a folder that may be written to"

@@ -13,10 +13,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from ichbench.errors import CaseError, InputError
-from ichbench.scoring.layouts import Pair, case_id, check_labels, find_pairs
+from ichbench.scoring.layouts import Pair, Pairing, case_id, check_labels, find_pairs
 from ichbench.scoring.pairs import Scored, Settings, as_pair, score_pair
 from ichbench.scoring.protocol import Protocol, get_protocol
 from ichbench.scoring.score import Score
@@ -32,30 +32,36 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Options(TypedDict, total=False):
+    """The keywords of `score_pairs`, `score_files` and `score_folder`; all may be left out.
+
+    arm, fold, seed   what the rows are filed under: "prediction" (in `score_folder` the name of the folder), "-" and "-"
+    labels            name -> value, or a list of values for a region: adds rows such as `dice/2` and `dice/region`. Without it the
+                      foreground alone, and in `score_folder` what the data set declares
+    reorient          turn predictions whose axes are stored in another order or direction (files only)
+    workers           processes, 1 unless given; None takes every core available (`score_folder`: no more than are worth it).
+                      They are spawned, so a script needs its `if __name__ == "__main__":` then
+    """
+
+    arm: str | None
+    fold: str
+    seed: str
+    labels: Mapping[str, Any] | None
+    reorient: bool
+    workers: int | None
+
+
 def score_pairs(
-    pairs: Iterable[Pair | tuple[Any, ...]],
-    protocol: str | Protocol = "instance2022",
-    *,
-    arm: str = "prediction",
-    fold: str = "-",
-    seed: str = "-",
-    labels: Mapping[str, Any] | None = None,
-    reorient: bool = False,
-    workers: int | None = 1,
+    pairs: Iterable[Pair | tuple[Any, ...]], protocol: str | Protocol = "instance2022", **options: Unpack[Options]
 ) -> Iterator[Score]:
     """Rows of many pairs, one case after the other in the order given; a pair is read when its turn comes.
 
     pairs     (case, reference, prediction) with paths, or (case, reference, prediction, spacing_zyx_mm) with 3D arrays or
               tensors (z, y, x); a prediction None is a missing one. Any iterable: with a generator, memory stays flat
-    labels    name -> value, or a list of values for a region: adds rows such as `dice/2` and `dice/region`
-    reorient  turn predictions whose axes are stored in another order or direction (files only)
-    workers   processes; None takes every core available (worth it for dozens of cases). They are spawned, so a script
-              needs its `if __name__ == "__main__":` then
+    options   keywords, all described in `Options`
     InputError naming case and files for the first pair that does not fit, CaseError for one that fails otherwise.
     """
-    checked = None if labels is None else check_labels(dict(labels), "labels")
-    settings = Settings(get_protocol(protocol), arm, fold, seed, checked, None, reorient)
-    return _rows(score_each(pairs, settings, available_cores() if workers is None else workers))
+    return _scored(pairs, Pairing(()), protocol, options, available_cores)
 
 
 def score_each(pairs: Iterable[Pair | tuple[Any, ...]], settings: Settings, workers: int = 1) -> Iterator[Scored]:
@@ -64,52 +70,33 @@ def score_each(pairs: Iterable[Pair | tuple[Any, ...]], settings: Settings, work
 
 
 def score_files(
-    reference: Path,
-    prediction: Path | None,
-    protocol: str | Protocol = "instance2022",
-    *,
-    arm: str = "prediction",
-    fold: str = "-",
-    seed: str = "-",
-    labels: Mapping[str, Any] | None = None,
-    reorient: bool = False,
+    reference: Path, prediction: Path | None, protocol: str | Protocol = "instance2022", **options: Unpack[Options]
 ) -> list[Score]:
     """Rows of one pair of mask files; the case is named after the reference file. `prediction` None is a missing one.
 
     The spacing is the pixdim of the reference's header, as in the official script. Both files must put every voxel in the
     same place within 1e-3 mm, else InputError with both files and both values (the official script compares shapes only).
+    `options` are keywords, all described in `Options`.
     """
     pair = Pair(case_id(Path(reference)), Path(reference), None if prediction is None else Path(prediction))
-    return list(score_pairs([pair], protocol, arm=arm, fold=fold, seed=seed, labels=labels, reorient=reorient))
+    return list(score_pairs([pair], protocol, **options))
 
 
 def score_folder(
-    reference_dir: Path,
-    prediction_dir: Path,
-    protocol: str | Protocol = "instance2022",
-    *,
-    arm: str | None = None,
-    fold: str = "-",
-    seed: str = "-",
-    labels: Mapping[str, Any] | None = None,
-    reorient: bool = False,
-    workers: int | None = 1,
+    reference_dir: Path, prediction_dir: Path, protocol: str | Protocol = "instance2022", **options: Unpack[Options]
 ) -> list[Score]:
     """Rows of every reference in a folder, in the order of their names; matched on the file name without .nii or .nii.gz.
 
     Walks the references: one without a prediction is scored as a missing prediction, a prediction without a reference
-    is only mentioned in the log. The folder may be an nnU-Net data set or an INSTANCE folder (`layouts.find_pairs`); `labels`
-    default to what it declares. `arm` is the name of the prediction folder unless given. `workers` as in `score_pairs`,
-    None taking no more than are worth it. InputError for a missing folder, no reference at all, two files of one case, or a
-    pair that does not fit.
+    is only mentioned in the log. The folder may be an nnU-Net data set or an INSTANCE folder (`layouts.find_pairs`).
+    `options` are keywords, all described in `Options`. InputError for a missing folder, no reference at all, two files of one
+    case, or a pair that does not fit.
     """
     found = find_pairs(Path(reference_dir), Path(prediction_dir))
     if found.extra:
         names = ", ".join(path.name for path in found.extra[:5])
         _LOG.warning("%d prediction(s) in %s have no reference and are not scored: %s", len(found.extra), prediction_dir, names)
-    checked = found.labels if labels is None else check_labels(dict(labels), "labels")
-    settings = Settings(get_protocol(protocol), found.arm if arm is None else arm, fold, seed, checked, found.label_map, reorient)
-    return list(_rows(score_each(found.pairs, settings, default_workers(len(found.pairs)) if workers is None else workers)))
+    return list(_scored(found.pairs, found, protocol, options, lambda: default_workers(len(found.pairs))))
 
 
 def labels_present(references: Iterable[Path], workers: int = 1) -> dict[str, int]:
@@ -186,6 +173,17 @@ def _start_worker() -> None:
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _scored(
+    pairs: Iterable[Pair | tuple[Any, ...]], found: Pairing, protocol: str | Protocol, options: Options, most: Callable[[], int]
+) -> Iterator[Score]:
+    """Rows of the pairs; labels and arm are those `found` where the options name none, `most` the processes for workers=None."""
+    given: dict[str, Any] = {**options}
+    workers, arm, labels = given.pop("workers", 1), given.pop("arm", None), given.pop("labels", None)
+    declared = found.labels if labels is None else check_labels(dict(labels), "labels")
+    settings = Settings(get_protocol(protocol), found.arm if arm is None else arm, labels=declared, label_map=found.label_map, **given)
+    return _rows(score_each(pairs, settings, most() if workers is None else workers))
 
 
 def _rows(every: Iterator[Scored]) -> Iterator[Score]:

@@ -1,4 +1,4 @@
-"""Do two mask files lie on the same voxels, and if only the order or direction of their axes differs, the way back.
+"""Do two masks, or a mask and its image, lie on the same voxels, and if only axis order or direction differs, the way back.
 
 All arrays and grids here come from `images.read_labels(..., keep_file_order=True)`: axes as the file has them, reversed.
 """
@@ -6,7 +6,7 @@ All arrays and grids here come from `images.read_labels(..., keep_file_order=Tru
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,32 +14,30 @@ from numpy.typing import NDArray
 from ichbench.cases.case import GEOMETRY_TOLERANCE_MM, Grid
 from ichbench.errors import InputError
 
-if TYPE_CHECKING:
-    from ichbench.scoring.overlap import LabelArray
-
+Values = TypeVar("Values", bound=NDArray[Any])
 Order = tuple[int, int, int]
 Flips = tuple[bool, bool, bool]
 
 
-def onto_reference(predicted: LabelArray, grid: Grid, reference: Grid, reorient: bool) -> LabelArray:
-    """The prediction in the array order of the reference; unchanged where the grids agree.
+def onto_reference(values: Values, grid: Grid, reference: Grid, reorient: bool, what: str = "prediction") -> Values:
+    """The prediction (or whatever `what` names) in the array order of the reference; unchanged where the grids agree.
 
     Grids agree when shape, spacing, origin and direction do, within 1e-3 mm at every corner of the volume. With `reorient`,
     axes that are merely permuted or reversed are turned back; no voxel is ever interpolated. InputError for anything else.
     """
     if agree(reference, grid):
-        return predicted
+        return values
     turn = same_voxels(reference, grid)
     if turn is None:
-        raise InputError(_difference(reference, grid))
+        raise InputError(_difference(reference, grid, what))
     if not reorient:
         raise InputError(
             f"the same voxels are stored in another order: the axes (i, j, k) of the reference point to {_codes(reference)}, those of "
-            f"the prediction to {_codes(grid)}; --reorient (reorient=True) turns the prediction by its affine, without interpolation"
+            f"the {what} to {_codes(grid)}; --reorient (reorient=True) turns the {what} by its affine, without interpolation"
         )
     order, flips = turn
     steps = tuple(slice(None, None, -1) if flip else slice(None) for flip in flips)
-    return predicted.transpose(order)[steps]
+    return cast("Values", values.transpose(order)[steps])
 
 
 def agree(a: Grid, b: Grid, tolerance_mm: float = GEOMETRY_TOLERANCE_MM) -> bool:
@@ -81,14 +79,16 @@ def _oriented(grid: Grid) -> bool:
     return header is None or geometry_of(header).oriented
 
 
-def _difference(a: Grid, b: Grid) -> str:
+def _difference(a: Grid, b: Grid, name: str) -> str:
     """What differs first, with both values in the order of the file's axes, and what to do."""
     what: str
     pair: tuple[Any, Any]
-    remedy = "write the prediction with the header of the scan"
+    remedy, resized = "write the prediction with the header of the scan", "bring the prediction back to the grid of the reference"
+    if name != "prediction":
+        remedy = resized = f"give the {name} that the masks were drawn on"
     if a.shape_zyx != b.shape_zyx:
         what, pair = "shape (i, j, k)", (a.shape_zyx[::-1], b.shape_zyx[::-1])
-        remedy = "bring the prediction back to the grid of the reference"
+        remedy = resized
     else:
         apart = float(np.abs(a.corners_mm() - b.corners_mm()).max())
         sizes = [np.linalg.norm(grid.affine_4x4[:3, :3], axis=0) for grid in (a, b)]
@@ -106,7 +106,7 @@ def _difference(a: Grid, b: Grid) -> str:
         what = f"{what}, voxels lie up to {apart:.4g} mm apart where {GEOMETRY_TOLERANCE_MM:g} mm is allowed"
         if not (_oriented(a) and _oriented(b)):
             remedy += "; a file without sform and qform does not say where its axes point and cannot be reoriented"
-    return f"reference and prediction differ in {what}: {pair[0]} and {pair[1]}; {remedy}"
+    return f"reference and {name} differ in {what}: {pair[0]} and {pair[1]}; {remedy}"
 
 
 def _codes(grid: Grid) -> str:

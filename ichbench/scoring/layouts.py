@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ class Pair:
 
     prediction        None where there is none: scored as an empty one, and counted as missing
     spacing_zyx_mm    voxel edges in the order of the array axes; for arrays only, files bring their own
+    image             the CT in HU, a path or an array as the masks are; only the anomaly checks look at it
     """
 
     case: str
     reference: Any
     prediction: Any | None
     spacing_zyx_mm: Sequence[float] | None = None
+    image: Any | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Pairing:
     labels      what the data set declares, None where nothing does
     label_map   applied to the references on reading (value in the file -> value to use), as cohorts do
     arm         the name of the prediction folder
+    imageless   cases for which `with_images` found none
     """
 
     pairs: tuple[Pair, ...]
@@ -52,6 +55,7 @@ class Pairing:
     label_map: Mapping[int, int] | None = None
     extra: tuple[Path, ...] = ()
     arm: str = "prediction"
+    imageless: tuple[str, ...] = ()
 
 
 def find_pairs(reference: Path, prediction: Path, dataset_json: Path | None = None) -> Pairing:
@@ -85,6 +89,33 @@ def find_pairs(reference: Path, prediction: Path, dataset_json: Path | None = No
     pairs = tuple(Pair(case, path, predictions.get(case)) for case, path in sorted(references.items()))
     extra = tuple(path for case, path in sorted(predictions.items()) if case not in matched)
     return Pairing(pairs, labels, label_map, extra, prediction.resolve().name or "prediction")
+
+
+def with_images(found: Pairing, images: Path) -> Pairing:
+    """The same pairs, each with its CT from a folder of CASE.nii.gz or nnU-Net's CASE_0000.nii.gz; or one file for one pair.
+
+    InputError: a path that is missing, one file for several pairs, two files of one case, and names of which none match.
+    """
+    cases = [pair.case for pair in found.pairs]
+    if not images.exists():
+        raise InputError(f"{images} does not exist; give the CT of the masks, or a folder of them")
+    if images.is_file() and len(cases) > 1:
+        raise InputError(f"{images} is one image, but there are {len(cases)} references; give a folder of images")
+    files = {cases[0]: images} if images.is_file() else files_by_case(images)
+    chosen: dict[str, Path] = {}
+    for case in cases:
+        match [files[name] for name in (case, f"{case}_0000") if name in files]:
+            case [one]:
+                chosen[case] = one
+            case [one, other]:
+                raise InputError(f"{images} holds two images of case {case}: {one.name} and {other.name}; remove one")
+    if not chosen:
+        raise InputError(
+            f"{images} holds no image for any of the {len(cases)} references; files must bear their names, such as {cases[0]}.nii.gz or "
+            f"{cases[0]}_0000.nii.gz"
+        )
+    pairs = tuple(replace(pair, image=chosen.get(pair.case)) for pair in found.pairs)
+    return replace(found, pairs=pairs, imageless=tuple(case for case in cases if case not in chosen))
 
 
 def references_in(folder: Path) -> tuple[dict[str, Path], tuple[Labels | None, Mapping[int, int] | None]]:

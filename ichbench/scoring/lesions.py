@@ -1,12 +1,12 @@
-"""Lesions: which bleeds were found, which are made up, and how well each one was drawn.
+"""Lesions: which bleeds were found and which are made up.
 
 A *lesion* is a connected component of a mask, with 26 neighbours unless said otherwise. Three definitions, whose numbers
 must not be mixed:
 - by overlap: lesion F1, sensitivity, precision, false positives. ISLES 2022 (`compute_lesion_f1_score` of its evaluation)
 - panoptic quality: lesions match one to one at IoU > 0.5. Kirillov et al., "Panoptic segmentation", CVPR 2019
-- lesion-wise Dice and HD95: each reference lesion by itself, false positives punished. BraTS 2023 (`lesionwise_record`)
+- lesion-wise Dice and HD95: each reference lesion by itself, false positives punished. BraTS 2023 (lesionwise.py)
 
-The two records look at the voxels once; all else is read off them and never raises. Sums of fractions are exact
+The record looks at the voxels once; all else is read off it and never raises. Sums of fractions are exact
 (`math.fsum`): the numbering of the lesions follows the order of the axes and must not move a bit.
 """
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ichbench.errors import InputError
 from ichbench.scoring.overlap import LabelArray, MaskArray, as_labels, as_spacing, check_same_shape
-from ichbench.scoring.surface import hausdorff, joint_box, surface_record
+from ichbench.scoring.surface import joint_box
 
 #: Size classes of ICH practice, half-open: low <= ml < high. A lesion of exactly 1 ml belongs to the second.
 STRATA_ML = ((0.0, 1.0), (1.0, 10.0), (10.0, 30.0), (30.0, math.inf))
@@ -96,9 +96,9 @@ def lesion_record(
     On a sheared grid put its own voxel_ml into the record (`dataclasses.replace`).
     InputError for anything that is not a pair of masks on one grid.
     """
-    reference, predicted, _, voxel_ml = _pair(reference_zyx, predicted_zyx, spacing_zyx_mm)
-    (first, n_first), (second, n_second) = (_label(labels, connectivity) for labels in (reference, predicted))
-    return LesionRecord(_sizes(first, n_first), _sizes(second, n_second), *_overlaps(first, second, n_second), voxel_ml)
+    reference, predicted, _, voxel_ml = boxed_pair(reference_zyx, predicted_zyx, spacing_zyx_mm)
+    (first, n_first), (second, n_second) = (numbered(labels, connectivity) for labels in (reference, predicted))
+    return LesionRecord(sizes(first, n_first), sizes(second, n_second), *overlaps(first, second, n_second), voxel_ml)
 
 
 def count_lesions(record: LesionRecord, overlap_share: float = 0.0, stratum_ml: tuple[float, float] | None = None) -> LesionCounts:
@@ -117,7 +117,7 @@ def count_lesions(record: LesionRecord, overlap_share: float = 0.0, stratum_ml: 
         raise InputError(f"the lesion sizes are {low} to {high} ml; two numbers from 0 up, the smaller first, are needed")
     counts: list[int] = []
     for voxels, pair in ((record.reference_voxels, record.pair_reference), (record.predicted_voxels, record.pair_predicted)):
-        covered = _sums(pair, record.pair_voxels, voxels.size)
+        covered = sums(pair, record.pair_voxels, voxels.size)
         # whole numbers are divided, not the share multiplied: 7 / 100 is 0.07, but 0.07 * 100 is more than 7
         hit = (covered > 0) & (covered / voxels >= overlap_share)
         # rounded, because 25000 voxels of 0.5 * 0.5 * 4.8 mm are 30 ml, and the product is a hair less
@@ -155,7 +155,7 @@ def panoptic(record: LesionRecord) -> PanopticQuality:
 
     No lesion can have IoU > 0.5 with two others, so there is nothing to choose. `sq` is the mean IoU of the matches, nan
     without one; `rq` is the F1 of the matching. Two empty masks: nan, as a class that neither side has is left out of
-    the mean.
+    the mean. panoptica 2.1 also matches at exactly 0.5 unless `strict_threshold=True`; then its numbers are these.
     """
     union = record.reference_voxels[record.pair_reference] + record.predicted_voxels[record.pair_predicted] - record.pair_voxels
     match = 2 * record.pair_voxels > union
@@ -165,112 +165,7 @@ def panoptic(record: LesionRecord) -> PanopticQuality:
     return PanopticQuality(_ratio(total, below), _ratio(total, matched), _ratio(matched, below), matched, missed, false)
 
 
-@dataclass(frozen=True)
-class LesionwiseRule:
-    """Parameters of the lesion-wise scores. The defaults are those of BraTS 2023 for GLI, SSA and PED.
-
-    dilations              times the reference is dilated, in voxels: lesions that meet become one (MEN, MET: 1)
-    dilation_connectivity  neighbours in one dilation; BraTS takes 18 although it joins components by 26
-    connectivity           neighbours within a component
-    ignored_mm3            reference lesions up to this volume (<=) do not count (MET: 2)
-    penalty_mm             distance of a missed lesion and of a false positive
-    percent                percentile of the surface distances
-    """
-
-    dilations: int = 3
-    dilation_connectivity: int = 18
-    connectivity: int = 26
-    ignored_mm3: float = 50.0
-    penalty_mm: float = 374.0
-    percent: float = 95.0
-
-
-BRATS_2023 = LesionwiseRule()
-
-
-@dataclass(frozen=True, eq=False)
-class LesionwiseRecord:
-    """Reference lesions (label i is number i - 1) with the predicted components that touch them.
-
-    lesions_zyx, components_zyx   reference (not dilated) and prediction, labelled from 1 within their joint box
-    reference_mm3, dice           of each lesion, ignored ones too; Dice is with all its partners together
-    partners                      labels of the predicted components that touch the dilated lesion
-    false_positives               predicted components that touch no dilated lesion, not even an ignored one
-    """
-
-    lesions_zyx: Numbers
-    components_zyx: Numbers
-    spacing_zyx_mm: Spacing
-    rule: LesionwiseRule
-    reference_mm3: Floats
-    dice: Floats
-    partners: tuple[Ints, ...]
-    false_positives: int
-
-    @property
-    def kept(self) -> NDArray[np.bool_]:
-        """Which lesions are large enough to count."""
-        return np.asarray(np.round(self.reference_mm3, 6) > self.rule.ignored_mm3)  # rounded as in `count_lesions`
-
-
-def lesionwise_record(
-    reference_zyx: LabelArray, predicted_zyx: LabelArray, spacing_zyx_mm: Sequence[float], rule: LesionwiseRule = BRATS_2023
-) -> LesionwiseRecord:
-    """The lesions of BraTS 2023 and what was predicted for them. Masks and errors as in `lesion_record`.
-
-    1. Components of the dilated reference, cut back to the reference, are the lesions: satellites belong to the bleed
-    beside them. 2. A predicted component that touches a dilated lesion is its partner, whole, and may be a partner of
-    several. 3. Any other predicted component, of whatever size, is a false positive.
-
-    Source: github.com/rachitsaluja/BraTS-2023-Metrics, eval.py at 0e272e6, whose steps the tests repeat by brute force; the
-    file itself was not run. An older state of it (7c8bc13) wants partners to touch the lesion itself; which of them ranked
-    the challenge is not known. Dilations are in voxels, made for 1 mm: at slices of 5 mm, three join bleeds 30 mm apart.
-    """
-    reference, predicted, spacing_mm, voxel_ml = _pair(reference_zyx, predicted_zyx, spacing_zyx_mm)
-    if rule.dilations < 0:
-        raise InputError(f"the reference is to be dilated {rule.dilations} times; a whole number from 0 up is needed")
-    grown, n_lesions = _label(reference, rule.connectivity, rule.dilations, rule.dilation_connectivity)
-    components, n_components = _label(predicted, rule.connectivity)
-    lesion, partner, _ = _overlaps(grown, components, n_components)
-    partners = np.split(partner + 1, np.searchsorted(lesion, np.arange(1, n_lesions)))[:n_lesions]
-    lesions = grown * (reference != 0)
-    voxels, both = _sizes(lesions, n_lesions), _sizes(lesions * (components != 0), n_lesions)
-    dice = 2.0 * both / (voxels + _sums(lesion, _sizes(components, n_components)[partner], n_lesions))
-    volumes_mm3 = np.asarray(voxels * (1000.0 * voxel_ml), dtype=np.float64)
-    lost = n_components - np.unique(partner).size
-    return LesionwiseRecord(lesions, components, spacing_mm, rule, volumes_mm3, np.asarray(dice), tuple(partners), lost)
-
-
-def lesionwise_dice(record: LesionwiseRecord) -> float:
-    """Sum of the kept lesions' Dice / (kept lesions + false positives); 1 if there is neither."""
-    kept = record.kept
-    below = int(np.count_nonzero(kept)) + record.false_positives
-    return math.fsum(record.dice[kept]) / below if below else 1.0
-
-
-def lesionwise_hd(record: LesionwiseRecord) -> float:
-    """The same for the Hausdorff distance in mm at the rule's percentile (surface.py); 0 if there is neither.
-
-    A missed lesion and a false positive get the penalty; a distance beyond the penalty stays as it is. Every lesion costs a
-    pass over the box round it and its partners: 0.4 ms for a small bleed, 0.6 s where one component fills the whole head.
-    """
-    from scipy import ndimage
-
-    kept = np.flatnonzero(record.kept)
-    lost = record.false_positives + sum(not record.partners[lesion].size for lesion in kept)
-    distances = [record.rule.penalty_mm] * lost
-    boxes = [ndimage.find_objects(labels) for labels in (record.lesions_zyx, record.components_zyx)] if kept.size else []
-    for lesion in kept:
-        partners = record.partners[lesion]
-        if partners.size:
-            parts = [boxes[0][lesion], *(boxes[1][label - 1] for label in partners)]
-            box = tuple(slice(min(part[axis].start for part in parts), max(part[axis].stop for part in parts)) for axis in range(3))
-            own, predicted = record.lesions_zyx[box] == lesion + 1, np.isin(record.components_zyx[box], partners)
-            distances.append(hausdorff(surface_record(own, predicted, record.spacing_zyx_mm), record.rule.percent))
-    return math.fsum(distances) / len(distances) if distances else 0.0
-
-
-def _pair(
+def boxed_pair(
     reference_zyx: LabelArray, predicted_zyx: LabelArray, spacing_zyx_mm: Sequence[float]
 ) -> tuple[LabelArray, LabelArray, Spacing, float]:
     """Both masks within their joint box, the spacing and the volume of a voxel in ml; checked."""
@@ -289,7 +184,7 @@ def _neighbours(connectivity: int) -> MaskArray:
     return np.asarray(ndimage.generate_binary_structure(3, (6, 18, 26).index(connectivity) + 1))
 
 
-def _label(labels: LabelArray, connectivity: int | None, dilations: int = 0, dilation_connectivity: int = 26) -> tuple[Numbers, int]:
+def numbered(labels: LabelArray, connectivity: int | None, dilations: int = 0, dilation_connectivity: int = 26) -> tuple[Numbers, int]:
     """Lesions numbered from 1, and how many; components are dilated first if asked to.
 
     Only the mask's own box is walked, however large the array is. A dilation may stop at the array's walls: two lesions
@@ -310,23 +205,23 @@ def _label(labels: LabelArray, connectivity: int | None, dilations: int = 0, dil
     return numbers, int(ndimage.label(inside, _neighbours(connectivity), output=numbers[box]))
 
 
-def _overlaps(first: Numbers, second: Numbers, n_second: int) -> tuple[Ints, Ints, Ints]:
+def overlaps(first: Numbers, second: Numbers, n_second: int) -> tuple[Ints, Ints, Ints]:
     """Number in first, number in second (from 0, sorted) and common voxels of each two labels that meet."""
     both = np.flatnonzero((first != 0) & (second != 0))
     code = (first.reshape(-1)[both].astype(np.int64) - 1) * n_second + (second.reshape(-1)[both] - 1)
     # Runs of one code first: they are few, while a table of all possible pairs would burst for two masks of noise.
     starts = np.flatnonzero(np.diff(code, prepend=-1))
     codes, which = np.unique(code[starts], return_inverse=True)
-    voxels = _sums(which, np.diff(starts, append=code.size), codes.size)
+    voxels = sums(which, np.diff(starts, append=code.size), codes.size)
     return codes // max(1, n_second), codes % max(1, n_second), voxels
 
 
-def _sizes(numbers: Numbers, n: int) -> Ints:
+def sizes(numbers: Numbers, n: int) -> Ints:
     """Voxels of each of n lesions."""
     return np.asarray(np.bincount(numbers[numbers != 0], minlength=n + 1)[1:], dtype=np.int64)
 
 
-def _sums(which: Ints, values: Ints, size: int) -> Ints:
+def sums(which: Ints, values: Ints, size: int) -> Ints:
     """Sum of the values of each number from 0 to size - 1; the float64 inside holds counts of voxels exactly."""
     return np.bincount(which, weights=values, minlength=size).astype(np.int64)
 

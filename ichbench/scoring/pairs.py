@@ -26,11 +26,11 @@ from ichbench.scoring.score import Score, measure, rows_for_case
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """How pairs are scored; the fields are the arguments of `folders.score_pairs`.
+    """How pairs are scored; the first fields are the keywords of `folders.Options`.
 
     label_map      value in a reference file -> value to use
     count_voxels   also fill `Scored.voxels`
-    definitions    also fill `Scored.definitions`; curve, anomalies: likewise
+    definitions    also fill `Scored.definitions`; curve, anomalies: likewise (only anomalies look at a pair's image)
     """
 
     protocol: Protocol
@@ -85,16 +85,18 @@ class _Masks(NamedTuple):
     spacing_zyx_mm: Sequence[float]
     voxel_ml: float | None
     axis_codes_zyx: str = "SPL"
+    image_hu: Any | None = None
 
 
 def score_pair(task: tuple[Settings, Pair]) -> Scored:
     """Read, compare and score one pair; a pair that does not fit is an InputError, anything unforeseen a CaseError."""
     settings, pair = task
-    files = {what: path for what, path in (("reference", pair.reference), ("prediction", pair.prediction)) if isinstance(path, Path)}
+    named = {"reference": pair.reference, "prediction": pair.prediction, "image": pair.image if settings.anomalies else None}
+    files = {what: path for what, path in named.items() if isinstance(path, Path)}
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            masks = _read(pair, settings.reorient)
+            masks = _read(pair, settings)
             if settings.label_map:
                 masks = masks._replace(reference=_mapped(masks.reference, settings.label_map))
             rows = _rows(settings, pair.case, masks)
@@ -106,9 +108,9 @@ def score_pair(task: tuple[Settings, Pair]) -> Scored:
         head = "" if text.startswith(f"case {pair.case}") else f"case {pair.case}: "
         raise InputError(head + text + (f" ({unnamed})" if unnamed else "")) from error
     except Exception as error:
-        named = ", ".join(f"{what} {path}" for what, path in files.items()) or "arrays"
+        given = ", ".join(f"{what} {path}" for what, path in files.items()) or "arrays"
         reason = "not enough memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
-        raise CaseError(f"case {pair.case} could not be scored: {reason} ({named})") from error
+        raise CaseError(f"case {pair.case} could not be scored: {reason} ({given})") from error
     notes = tuple(dict.fromkeys(str(item.message) for item in caught))
     return Scored(pair.case, files.get("reference"), files.get("prediction"), tuple(rows), voxels, notes, *beside)
 
@@ -118,33 +120,40 @@ def as_pair(given: Pair | tuple[Any, ...]) -> Pair:
     if not isinstance(given, Pair) and len(given) not in (3, 4):
         raise InputError(f"a pair is (case, reference, prediction), for arrays with spacing_zyx_mm as well, but {len(given)} things came")
     pair = given if isinstance(given, Pair) else Pair(*given)
-    sides = {"reference": pair.reference} | ({} if pair.prediction is None else {"prediction": pair.prediction})
+    others = {"prediction": pair.prediction, "image": pair.image}
+    sides = {"reference": pair.reference} | {name: side for name, side in others.items() if side is not None}
     paths = [isinstance(side, (str, os.PathLike)) for side in sides.values()]
+    also = "" if pair.image is None else ", and the image likewise"
     if pair.reference is None or any(paths) != all(paths):
-        raise InputError(f"case {pair.case}: give two paths or two arrays (the prediction may be None: a missing one)")
+        raise InputError(f"case {pair.case}: give two paths or two arrays (the prediction may be None: a missing one){also}")
     if all(paths):
-        return Pair(pair.case, Path(pair.reference), None if pair.prediction is None else Path(pair.prediction))
+        found = {name: Path(side) for name, side in sides.items()}
+        return Pair(pair.case, found["reference"], found.get("prediction"), image=found.get("image"))
     if pair.spacing_zyx_mm is None:
         raise InputError(f"case {pair.case}: arrays come with spacing_zyx_mm, three numbers in mm, one per array axis")
-    arrays = {name: overlap.as_labels(side, f"case {pair.case}: the {name}") for name, side in sides.items()}
-    return Pair(pair.case, arrays["reference"], arrays.get("prediction"), pair.spacing_zyx_mm)
+    arrays = {name: overlap.as_labels(side, f"case {pair.case}: the {name}") for name, side in sides.items() if name != "image"}
+    image = None if pair.image is None else np.asarray(pair.image)
+    return Pair(pair.case, arrays["reference"], arrays.get("prediction"), pair.spacing_zyx_mm, image)
 
 
-def _read(pair: Pair, reorient: bool) -> _Masks:
+def _read(pair: Pair, settings: Settings) -> _Masks:
     if not isinstance(pair.reference, Path):
-        return _Masks(pair.reference, pair.prediction, pair.spacing_zyx_mm or (), None)
-    from ichbench.cases.images import read_labels
+        return _Masks(pair.reference, pair.prediction, pair.spacing_zyx_mm or (), None, image_hu=pair.image)
+    from ichbench.cases.images import read_image, read_labels
 
     reference, grid = read_labels(pair.reference, keep_file_order=True)
-    predicted = None
+    predicted = image = None
     if pair.prediction is not None:
-        predicted = onto_reference(*read_labels(pair.prediction, keep_file_order=True), grid, reorient)
+        predicted = onto_reference(*read_labels(pair.prediction, keep_file_order=True), grid, settings.reorient)
+    if pair.image is not None and settings.anomalies:
+        image = onto_reference(*read_image(pair.image, keep_file_order=True), grid, settings.reorient, "image")
     # the voxels of a sheared grid are smaller than the product of the spacings
-    return _Masks(reference, predicted, grid.spacing_zyx_mm, None if grid.is_regular else grid.voxel_ml, grid.axis_codes_zyx)
+    return _Masks(reference, predicted, grid.spacing_zyx_mm, None if grid.is_regular else grid.voxel_ml, grid.axis_codes_zyx, image)
 
 
 def _mapped(labels_zyx: Any, label_map: Mapping[int, int]) -> Any:
-    mapped = labels_zyx.copy()
+    """A copy with other values, in a type that holds them all: files come as int16, arrays as anything down to bool."""
+    mapped = labels_zyx.astype(np.result_type(labels_zyx.dtype, *map(np.min_scalar_type, label_map.values())))
     for old, new in label_map.items():
         mapped[labels_zyx == old] = new
     return mapped
@@ -193,7 +202,8 @@ def _beside(
     odd: tuple[Anomaly, ...] = ()
     if settings.anomalies:
         hd_mm = next((row.value for row in rows if row.metric == "hd"), None)
-        odd = find_anomalies(own.T, other.T, masks.spacing_zyx_mm, hd_mm=hd_mm, axis_codes_zyx=masks.axis_codes_zyx)
+        known: dict[str, Any] = {"hd_mm": hd_mm, "axis_codes_zyx": masks.axis_codes_zyx, "voxel_ml": masks.voxel_ml}
+        odd = find_anomalies(own.T, other.T, masks.spacing_zyx_mm, masks.image_hu, **known)
     pair = measure(own, other, spacing, OFFICIAL)
     curve = tolerance_curve(pair.surfaces) if settings.curve else ()
     return measured_definitions(pair) if settings.definitions else {}, curve, odd

@@ -196,7 +196,8 @@ PROTOCOLS: dict[str, Protocol] = {
     ),
     "monai": Protocol(
         name="monai",
-        text="MONAI's defaults: everything over edge voxels, percentiles unweighted. A case that its means leave out (nan there) "
+        text="MONAI's defaults: everything over edge voxels, percentiles unweighted. The tolerance of 0.42 mm is ours, that of INSTANCE: "
+        "MONAI has no default and asks for one (nsd_voxels@1.0). A case that its means leave out (nan there) "
         "has no row here. Its HD95 of one empty mask is nan as well (issue 9095): a miss vanishes from the mean.",
         metrics=("dice", "nsd_voxels", "hd_directional", "hd_directional@95", "reference_ml", "predicted_ml"),
         dice_smooth=0.0,

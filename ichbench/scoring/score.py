@@ -17,6 +17,7 @@ import numpy as np
 
 from ichbench.errors import InputError
 from ichbench.scoring import edges, islands, lesions, overlap, surface
+from ichbench.scoring.lesionwise import LesionwiseRecord, lesionwise_dice, lesionwise_hd, lesionwise_record
 from ichbench.scoring.protocol import PARAMETERS, Protocol, get_protocol, split_metric
 
 #: a bare boundary_iou looks this part of the volume's diagonal away from the contour (Cheng et al., CVPR 2021: 2 % in images)
@@ -67,8 +68,8 @@ class Measured:
         return replace(found, voxel_ml=self.voxel_ml)
 
     @cached_property
-    def lesionwise(self) -> lesions.LesionwiseRecord:
-        return lesions.lesionwise_record(self.reference, self.predicted, self.spacing_mm)
+    def lesionwise(self) -> LesionwiseRecord:
+        return lesionwise_record(self.reference, self.predicted, self.spacing_mm)
 
     @property
     def diagonal_mm(self) -> float:
@@ -125,8 +126,8 @@ FORMULAS: dict[str, Formula] = {
     "lesion_precision": _lesion(lesions.lesion_precision),
     "lesion_fp": lambda pair, stratum: float(lesions.count_lesions(pair.lesion_overlaps, stratum_ml=_stratum_ml(stratum)).false_positives),
     "pq": lambda pair, _: lesions.panoptic(pair.lesion_overlaps).pq,
-    "lesionwise_dice": lambda pair, _: lesions.lesionwise_dice(pair.lesionwise),
-    "lesionwise_hd95": lambda pair, _: lesions.lesionwise_hd(pair.lesionwise),
+    "lesionwise_dice": lambda pair, _: lesionwise_dice(pair.lesionwise),
+    "lesionwise_hd95": lambda pair, _: lesionwise_hd(pair.lesionwise),
 }
 
 

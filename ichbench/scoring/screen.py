@@ -63,14 +63,20 @@ def detection_text(every: Sequence[Scored]) -> str:
     )
 
 
-def warnings_of(every: Sequence[Scored], extra: Sequence[str]) -> list[str]:
-    """What the user should know before quoting the table. `extra`: names of predictions without a reference."""
+def warnings_of(every: Sequence[Scored], extra: Sequence[str], imageless: Sequence[str] = ()) -> list[str]:
+    """What the user should know before quoting the table.
+
+    extra       names of predictions without a reference
+    imageless   cases without an image, where images were given
+    """
     found: list[str] = []
     missing = [scored.case for scored in every if any(row.metric == "missing" and row.value for row in scored.rows)]
     if missing:
         found.append(f"{len(missing)} of {len(every)} cases have no prediction and are scored as empty: {_some(missing)}")
     if extra:
         found.append(f"{len(extra)} prediction(s) have no reference and are not scored: {_some(extra)}")
+    if imageless:
+        found.append(f"{len(imageless)} of {len(every)} cases have no image, so nothing is said about their head: {_some(imageless)}")
     values = by_metric(row for scored in every for row in scored.rows)
     infinite: dict[tuple[str, ...], list[str]] = {}
     undefined: dict[str, int] = {}
