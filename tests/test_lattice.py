@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ichbench.scoring import lattice
+from ichbench.scoring import islands, lattice, nearest
 
 
 def plain(reference: np.ndarray, predicted: np.ndarray, spacing: tuple[float, float, float]) -> list[np.ndarray]:
@@ -30,7 +30,7 @@ def plain(reference: np.ndarray, predicted: np.ndarray, spacing: tuple[float, fl
 
 
 def fast(reference: np.ndarray, predicted: np.ndarray, spacing: tuple[float, float, float]) -> list[np.ndarray]:
-    sides = lattice.surfaces(reference, predicted, spacing, lattice.islands(reference, predicted))
+    sides = lattice.surfaces(reference, predicted, spacing, islands.islands(reference, predicted))
     return [np.sort(np.concatenate([np.zeros(side.shared_codes.sum()), side.mm])) for side in sides]
 
 
@@ -61,20 +61,24 @@ def test_same_distances_as_a_distance_transform(seed: int, spacing: tuple[float,
     [
         {"SPLIT_ABOVE": 10, "SPLIT_GAP": 0.01},
         {"SPLIT_ABOVE": 10, "MOST_ISLANDS": 3},
-        {"FEW": 0},
-        {"FEW": 10**9},
         {"CROWDED": 10**9},
         {"CROWDED": 0},
-        {"NEAR_ROWS": 3, "FAR_ROWS": 5},
-        {"NEAR_ROWS": 1, "FAR_ROWS": 2, "FEW": 10**9, "SPLIT_ABOVE": 10, "SPLIT_GAP": 0.01},
-        {"TOGETHER": 1},
+        {"NEAR_ROWS": 3},
+        {"NEAR_ROWS": 1, "SPARSE": 0},
+        {"NEAR_ROWS": 1, "SPARSE": 10**9},
+        {"NEAR_ROWS": 1, "SPARSE": 10**9, "SPLIT_ABOVE": 10, "SPLIT_GAP": 0.01},
+        {"NEAR_ROWS": 1, "WIDEST_PLANE": 20},
+        {"TOGETHER": 1, "LEAST_TOGETHER": 1},
         {"TOGETHER": 10**7},
+        {"WORTH_DROPPING": 0.0},
+        {"WORTH_DROPPING": 2.0},
     ],
 )
 @pytest.mark.parametrize("seed", range(5))
 def test_no_constant_of_speed_moves_a_distance(constants: dict[str, float], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in constants.items():
-        monkeypatch.setattr(lattice, name, value)
+        (room,) = (module for module in (islands, lattice, nearest) if hasattr(module, name))
+        monkeypatch.setattr(room, name, value)
     rng = np.random.default_rng(seed)
     smooth = [ndimage.gaussian_filter(rng.random((12, 50, 60)), (1, 3, 3)) for _ in range(2)]
     masks = [(field > np.quantile(field, 0.97)) for field in smooth]
@@ -90,9 +94,9 @@ def test_islands_hold_all_foreground_and_do_not_touch(data: st.DataObject) -> No
     size = math.prod(shape)
     bits = [np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=bool).reshape(shape) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lattice, "SPLIT_ABOVE", 1)
-        patch.setattr(lattice, "SPLIT_GAP", 0.01)
-        boxes = lattice.islands(*bits)
+        patch.setattr(islands, "SPLIT_ABOVE", 1)
+        patch.setattr(islands, "SPLIT_GAP", 0.01)
+        boxes = islands.islands(*bits)
     union = bits[0] | bits[1]
     inside = sum(int(union[box].sum()) for box in boxes)
     assert inside == union.sum()
@@ -115,7 +119,7 @@ def test_a_far_false_positive_is_an_island_of_its_own() -> None:
     reference[10:15, 40:80, 50:90] = True
     predicted = reference.copy()
     predicted[20:22, 250:255, 240:246] = True
-    assert lattice.islands(reference, predicted) == [
+    assert islands.islands(reference, predicted) == [
         (slice(10, 15), slice(40, 80), slice(50, 90)),
         (slice(20, 22), slice(250, 255), slice(240, 246)),
     ]
@@ -125,12 +129,54 @@ def test_a_far_false_positive_is_an_island_of_its_own() -> None:
 @pytest.mark.parametrize("memory_mm", [(5.0, 0.45, 0.45), (1.0, 1.0, 1.0), (1e-3, 1.0, 1.0), (100.0, 0.1, 0.1), (0.45, 5.0, 0.45)])
 @pytest.mark.parametrize("number", [1, 5, 64, 256])
 def test_rows_are_the_nearest_ones(memory_mm: tuple[float, float, float], number: int) -> None:
-    rows = lattice._rows(memory_mm, number)
+    rows = nearest.nearest_rows(memory_mm, number)
     far = 2 * number + 2
     every = np.sort(np.hypot(*np.meshgrid(np.arange(-far, far + 1) * memory_mm[0], np.arange(-far, far + 1) * memory_mm[1])).reshape(-1))
     np.testing.assert_allclose(rows.mm, every[:number], rtol=1e-12)
     assert rows.reach_mm == pytest.approx(every[number], rel=1e-12)
     assert len({*zip(rows.dz.tolist(), rows.dy.tolist(), strict=True)}) == number
+
+
+@pytest.mark.parametrize("spacing", [(5.0, 0.45, 0.45), (0.7, 0.7, 0.7), (0.3, 2.0, 2.0)])
+@pytest.mark.parametrize("seed", range(6))
+def test_planes_against_every_pair(seed: int, spacing: tuple[float, float, float]) -> None:
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in rng.integers(1, [9, 40, 40]))
+    surfels = rng.random(shape) < rng.choice([0.002, 0.02, 0.3])
+    surfels[tuple(int(rng.integers(0, n)) for n in shape)] = True
+    corners = np.stack([rng.integers(0, n, 60) for n in shape], axis=1)
+    frame = nearest.Frame((0, 1, 2), spacing)
+    offsets = (corners[:, None] - np.argwhere(surfels)) * np.array(spacing)
+    for least_mm in (0.0, 3.0, 100.0):
+        found = nearest.within_planes(corners, surfels, frame, least_mm)
+        np.testing.assert_allclose(found, (offsets**2).sum(axis=2).min(axis=1), rtol=1e-14, atol=0)
+
+
+def test_planes_at_their_widest() -> None:
+    surfels = np.zeros((1, nearest.WIDEST_PLANE, nearest.WIDEST_PLANE), dtype=bool)
+    surfels[0, 0, 0] = True
+    frame = nearest.Frame((0, 1, 2), (1.0, 1.0, 1.0))
+    last = nearest.WIDEST_PLANE - 1
+    corners = np.array([[0, last, last], [0, last, 0], [0, 0, last], [0, 0, 0]])
+    assert nearest.within_planes(corners, surfels, frame, 0.0).tolist() == [2 * last**2, last**2, last**2, 0]
+    wider = np.zeros((1, 1, nearest.WIDEST_PLANE + 1), dtype=bool)
+    assert nearest.can_use_planes(100, surfels[:, :10], frame)
+    assert not nearest.can_use_planes(100, wider, frame)
+    assert not nearest.can_use_planes(100, surfels[:, :10], nearest.Frame((0, 1, 2), (1.0, 1.0, 1.0 + 1e-15)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_facing_keeps_the_nearest(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    surfels = rng.random((6, 12, 12)) < 0.2
+    low = rng.integers(-15, 20, 3)
+    high = low + rng.integers(0, 5, 3)
+    corners = np.stack([rng.integers(a, b + 1, 30) for a, b in zip(low, high, strict=True)], axis=1)
+    kept = nearest.facing(surfels, low, high)
+    assert surfels[tuple(kept.T)].all()
+    frame = nearest.Frame((0, 1, 2), (3.0, 0.5, 0.7))
+    offsets = (corners[:, None] - np.argwhere(surfels)) * np.array(frame.memory_mm)
+    np.testing.assert_allclose(nearest.search(corners, kept, frame), (offsets**2).sum(axis=2).min(axis=1), rtol=1e-14, atol=0)
 
 
 def test_corner_codes_by_hand() -> None:

@@ -28,6 +28,8 @@ HOUSE: dict[str, tuple[str, ...]] = {
     ),
     "scoring": (
         "overlap",
+        "islands",
+        "nearest",
         "lattice",
         "surface",
         "edges",

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ichbench.errors import InputError
-from ichbench.scoring import edges, lattice, lesions, overlap, surface
+from ichbench.scoring import edges, islands, lesions, overlap, surface
 from ichbench.scoring.lesionwise import LesionwiseRecord, lesionwise_dice, lesionwise_hd, lesionwise_record
 from ichbench.scoring.protocol import PARAMETERS, Protocol, get_protocol, split_metric
 
@@ -46,8 +46,8 @@ class Measured:
     protocol: Protocol
 
     @cached_property
-    def boxes(self) -> list[lattice.Box]:
-        return lattice.islands(self.reference, self.predicted)
+    def boxes(self) -> list[islands.Box]:
+        return islands.islands(self.reference, self.predicted)
 
     @cached_property
     def counts(self) -> overlap.Counts:

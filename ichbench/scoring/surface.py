@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.errors import InputError
-from ichbench.scoring import lattice
+from ichbench.scoring import islands, lattice
 from ichbench.scoring.overlap import MaskArray, as_mask, as_spacing, check_same_shape
 
 Floats = NDArray[np.float64]
@@ -75,18 +75,18 @@ class SurfaceDistances:
 
 
 def surface_record(
-    reference_zyx: MaskArray, predicted_zyx: MaskArray, spacing_zyx_mm: Sequence[float], boxes: Sequence[lattice.Box] | None = None
+    reference_zyx: MaskArray, predicted_zyx: MaskArray, spacing_zyx_mm: Sequence[float], boxes: Sequence[islands.Box] | None = None
 ) -> SurfaceDistances:
     """Surfels of both masks with their distances to the other surface.
 
     Arrays are 3D, of one shape; the spacing is in the order of the array axes, whichever that is. Masks may touch the
-    border (a surface is there) and may be empty. `boxes`: `lattice.islands` of the two masks where they are already known.
+    border (a surface is there) and may be empty. `boxes`: `islands.islands` of the two masks where they are already known.
     InputError for anything else.
     """
     reference, predicted = as_mask(reference_zyx, "the reference"), as_mask(predicted_zyx, "the prediction")
     check_same_shape(reference.shape, predicted.shape)
     spacing_mm = as_spacing(spacing_zyx_mm)
-    boxes = lattice.islands(reference, predicted) if boxes is None else boxes
+    boxes = islands.islands(reference, predicted) if boxes is None else boxes
     areas_mm2 = surface_areas_mm2(spacing_mm)
     by_area = np.argsort(areas_mm2, kind="stable")
     sides = []
@@ -142,7 +142,7 @@ def assd(record: SurfaceDistances) -> float:
 
 def joint_box(reference: MaskArray, predicted: MaskArray) -> tuple[slice, slice, slice]:
     """The smallest box that holds the foreground of both masks; of size 0 if there is none."""
-    return _around(lattice.islands(reference, predicted))
+    return _around(islands.islands(reference, predicted))
 
 
 @lru_cache(maxsize=256)
@@ -155,7 +155,7 @@ def surface_areas_mm2(spacing_mm: tuple[float, float, float]) -> Floats:
     return table
 
 
-def _around(boxes: Sequence[lattice.Box]) -> lattice.Box:
+def _around(boxes: Sequence[islands.Box]) -> islands.Box:
     if not boxes:
         return slice(0, 0), slice(0, 0), slice(0, 0)
     ends = [slice(min(box[axis].start for box in boxes), max(box[axis].stop for box in boxes)) for axis in range(3)]
