@@ -482,6 +482,7 @@ def test_score_looks_outside_the_head_when_given_the_images(here: Here, small_ph
     assert f"outside_head in 1 of 2 cases ({case})" in done.stdout
     assert "warning: 1 of 2 cases have no image, so nothing is said about their head: " + references[1].name[:-7] in done.stdout
     assert (tmp_path / "s.csv").read_bytes() == rows
+    assert "one of the files to be read" in one_line(here(*arguments, "--images", images, "--wide", images / f"{case}_0000.nii.gz"))
     other = nibabel.as_closest_canonical(image)
     assert nibabel.aff2axcodes(other.affine) != nibabel.aff2axcodes(image.affine)
     other.to_filename(images / f"{case}_0000.nii.gz")

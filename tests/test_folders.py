@@ -363,6 +363,34 @@ def test_keywords_are_the_same_everywhere(tmp_path: Path) -> None:
             call(reorientate=True)
 
 
+def test_a_folder_brings_its_labels_unless_told_otherwise(tmp_path: Path) -> None:
+    """What dataset.json declares: 5 is stored, 2 is meant; the label map holds whichever labels are asked for."""
+    stored = np.where(masks_ijk(1)[0], 5, 0)
+    save(tmp_path / "labelsTr" / "c.nii.gz", stored)
+    save(tmp_path / "p" / "c.nii.gz", np.where(stored == 5, 2, 0))
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".nii.gz", "label_map": {"5": 2}}')
+    assert by_metric(score_folder(tmp_path, tmp_path / "p", "strict"))["dice/2"] == 1.0
+    own = by_metric(score_folder(tmp_path, tmp_path / "p", "strict", labels={"background": 0, "both": [1, 2]}))
+    assert own["dice/both"] == 1.0
+    assert "dice/2" not in own
+
+
+def test_all_cores_are_asked_for_by_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    save(tmp_path / "r" / "c.nii.gz", masks_ijk(1)[0])
+    asked: list[int] = []
+
+    def score_nothing(pairs: Any, settings: Settings, workers: int) -> Iterator[Any]:
+        asked.append(workers)
+        return iter(())
+
+    monkeypatch.setattr(folders_module, "score_each", score_nothing)
+    monkeypatch.setattr(folders_module, "available_cores", lambda: 7)
+    for options in ({}, {"workers": 3}, {"workers": None}):
+        assert list(score_pairs([], **options)) == []
+        assert score_folder(tmp_path / "r", tmp_path / "r", **options) == []
+    assert asked == [1, 1, 3, 3, 7, 1]  # a folder of one case is not worth seven processes
+
+
 def test_what_nobody_foresaw_names_the_case_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [save(tmp_path / f"{name}.nii.gz", masks_ijk(1)[0]) for name in "rp"]
     for error, words in ((MemoryError(), "not enough memory"), (ZeroDivisionError("a bug"), "ZeroDivisionError: a bug")):
