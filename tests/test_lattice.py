@@ -68,6 +68,11 @@ def test_same_distances_as_a_distance_transform(seed: int, spacing: tuple[float,
         {"NEAR_ROWS": 1, "SPARSE": 10**9},
         {"NEAR_ROWS": 1, "SPARSE": 10**9, "SPLIT_ABOVE": 10, "SPLIT_GAP": 0.01},
         {"NEAR_ROWS": 1, "WIDEST_PLANE": 20},
+        {"NEAR_ROWS": 1, "PLANES_ROWS": 3},
+        {"NEAR_ROWS": 1, "PLANES_TOGETHER": 7},
+        {"NEAR_ROWS": 1, "DENSE": 0, "TRANSFORM_ABOVE": 0},
+        {"NEAR_ROWS": 2, "PLANES_CORNERS": 0, "TRANSFORM_ABOVE": 1e12},
+        {"EVERYWHERE_CORNERS": 0},
         {"TOGETHER": 1, "LEAST_TOGETHER": 1},
         {"TOGETHER": 10**7},
         {"WORTH_DROPPING": 0.0},
@@ -152,7 +157,8 @@ def test_planes_against_every_pair(seed: int, spacing: tuple[float, float, float
         np.testing.assert_allclose(found, (offsets**2).sum(axis=2).min(axis=1), rtol=1e-14, atol=0)
 
 
-def test_planes_at_their_widest() -> None:
+def test_planes_at_their_widest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "PLANES_ROWS", nearest.WIDEST_PLANE)
     surfels = np.zeros((1, nearest.WIDEST_PLANE, nearest.WIDEST_PLANE), dtype=bool)
     surfels[0, 0, 0] = True
     frame = nearest.Frame((0, 1, 2), (1.0, 1.0, 1.0))
@@ -165,6 +171,37 @@ def test_planes_at_their_widest() -> None:
     assert not nearest.can_use_planes(100, surfels[:, :10], nearest.Frame((0, 1, 2), (1.0, 1.0, 1.0 + 1e-15)))
 
 
+def test_planes_give_up_after_so_many_rows() -> None:
+    surfels = np.zeros((1, 300, 5), dtype=bool)
+    surfels[0, 0, 0] = True
+    corners = np.array([[0, nearest.PLANES_ROWS, 0], [0, nearest.PLANES_ROWS + 1, 0], [0, 299, 4]])
+    found = nearest.within_planes(corners, surfels, nearest.Frame((0, 1, 2), (1.0, 1.0, 1.0)), 0.0)
+    assert found[0] == nearest.PLANES_ROWS**2
+    assert np.isinf(found[2])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("seed", range(4))
+def test_transform_against_every_pair(seed: int, order: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(seed)
+    surfels = rng.random((5, 11, 9)) < 0.05
+    surfels[0, 0, 0] = True
+    frame = nearest.Frame(order, (3.0, 0.5, 0.7))
+    corners = np.stack([rng.integers(0, n, 40) for n in surfels.shape], axis=1)
+    offsets = (corners[:, None] - np.argwhere(surfels)) * np.array(frame.edges_mm)
+    np.testing.assert_allclose(nearest.transform(corners, surfels, frame), (offsets**2).sum(axis=2).min(axis=1), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5000), (5000, 1, 1), (1, 5000, 1)])
+def test_thin_volumes_are_padded_by_no_more_than_they_are_thick(shape: tuple[int, int, int]) -> None:
+    box = [slice(0, n) for n in shape]
+    rows = nearest.nearest_rows((1.0, 1.0, 1.0), 64).inside(*(part.stop + 1 for part in box))
+    assert math.prod(n + 1 + pad * (2 if axis == 0 else 1) for axis, (n, pad) in enumerate(zip(shape, rows.pads, strict=True))) < 40 * 5000
+    masks = [np.zeros(shape, dtype=bool) for _ in range(2)]
+    masks[0].reshape(-1)[[3, 700]] = masks[1].reshape(-1)[[9, 4990]] = True
+    assert_same(*masks, (1.0, 1.0, 1.0))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_facing_keeps_the_nearest(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -175,7 +212,7 @@ def test_facing_keeps_the_nearest(seed: int) -> None:
     kept = nearest.facing(surfels, low, high)
     assert surfels[tuple(kept.T)].all()
     frame = nearest.Frame((0, 1, 2), (3.0, 0.5, 0.7))
-    offsets = (corners[:, None] - np.argwhere(surfels)) * np.array(frame.memory_mm)
+    offsets = (corners[:, None] - np.argwhere(surfels)) * np.array(frame.edges_mm)
     np.testing.assert_allclose(nearest.search(corners, kept, frame), (offsets**2).sum(axis=2).min(axis=1), rtol=1e-14, atol=0)
 
 

@@ -41,15 +41,16 @@ class Surface:
 
 def surfaces(reference: MaskArray, predicted: MaskArray, spacing_mm: Triple, boxes: Sequence[Box]) -> tuple[Surface, Surface]:
     """Both surfaces of a pair of 3D masks of one shape; spacing in the order of the array axes; `boxes` are the pair's `islands`."""
-    order = memory_order(reference)
+    # the coarsest axis first, so that rows are long: how the array lies in memory is not the caller's merit
+    order = sorted(memory_order(reference), key=lambda axis: -spacing_mm[axis])
     frame = Frame(tuple(order), tuple(spacing_mm[axis] for axis in order))
     masks = (reference.transpose(order), predicted.transpose(order))
-    rows = nearest.nearest_rows(frame.memory_mm, NEAR_ROWS)
+    rows = nearest.nearest_rows(frame.edges_mm, NEAR_ROWS)
     pieces = [_piece(masks, (box[order[0]], box[order[1]], box[order[2]]), rows, frame) for box in boxes]
     sides = []
     for own, other in ((0, 1), (1, 0)):
         rivals = [piece for piece in pieces if piece.surfels[other].any()]
-        squares = [_squares(piece, own, other, rivals, rows, frame) for piece in pieces]
+        squares = [_squares(piece, own, other, rivals, frame) for piece in pieces]
         codes = [piece.codes[own].take(piece.places[own]) for piece in pieces]
         shared = sum((piece.shared_codes[own] for piece in pieces), np.zeros(256, dtype=np.int64))
         sides.append(Surface(shared, _joined(codes, np.uint8), np.sqrt(_joined(squares, np.float64))))
@@ -77,7 +78,7 @@ class _Piece:
     """One island: per mask the codes of its (padded) corners, which are surfels, where those not shared are, counts of the shared."""
 
     box: Box
-    pads: tuple[int, ...]
+    rows: Rows
     codes: tuple[NDArray[np.uint8], ...]
     surfels: tuple[Bools, ...]
     places: tuple[Places, ...]
@@ -86,7 +87,7 @@ class _Piece:
     @property
     def origin(self) -> Places:
         """Where the first corner lies in the whole volume."""
-        return np.array([self.box[0].start - self.pads[0], self.box[1].start, self.box[2].start])
+        return np.array([self.box[0].start - self.rows.pads[0], self.box[1].start, self.box[2].start])
 
     def corners(self, places: Places) -> Places:
         """Flat indices of corners as (z, y, x), one a row."""
@@ -94,15 +95,15 @@ class _Piece:
 
 
 def _piece(masks: tuple[MaskArray, MaskArray], box: Box, rows: Rows, frame: Frame) -> _Piece:
-    pads = rows.padding(box[2].stop - box[2].start + 1)
+    rows = rows.inside(*_corner_counts(box))
     bits = [4 >> axis for axis in frame.order]
-    codes = [corner_codes(mask[box], bits, pads) for mask in masks]
+    codes = [corner_codes(mask[box], bits, rows.pads) for mask in masks]
     # 0 and 255 are the two codes without a surface; adding 1 in uint8 makes them 1 and 0
     first, second = (code + np.uint8(1) > 1 for code in codes)
     shared = np.flatnonzero(first & second)
     return _Piece(
         box,
-        pads,
+        rows,
         (codes[0], codes[1]),
         (first, second),
         (np.flatnonzero(first > second), np.flatnonzero(second > first)),
@@ -110,7 +111,7 @@ def _piece(masks: tuple[MaskArray, MaskArray], box: Box, rows: Rows, frame: Fram
     )
 
 
-def _squares(piece: _Piece, own: int, other: int, rivals: Sequence[_Piece], rows: Rows, frame: Frame) -> Floats:
+def _squares(piece: _Piece, own: int, other: int, rivals: Sequence[_Piece], frame: Frame) -> Floats:
     """Squared distances (mm2) of an island's surfels of mask `own` to mask `other`, which has surfels in `rivals`."""
     places = piece.places[own]
     squares = np.full(places.size, math.inf)
@@ -118,15 +119,9 @@ def _squares(piece: _Piece, own: int, other: int, rivals: Sequence[_Piece], rows
         return squares
     if piece in rivals:
         limit_mm = _gap_mm(piece, rivals, frame)
-        nearest.sweep(squares, places, piece.surfels[other], rows, piece.pads[2], frame, limit_mm)
-        left = np.flatnonzero(np.isinf(squares))
-        # without the padding, whose corners are nobody's
-        inner = piece.surfels[other][
-            tuple(slice(pad, pad + n) for pad, n in zip((piece.pads[0], 0, 0), _corner_counts(piece.box), strict=True))
-        ]
-        if left.size and limit_mm > rows.reach_mm and nearest.can_use_planes(left.size, inner, frame):
-            found = nearest.within_planes(piece.corners(places[left]) - np.array([piece.pads[0], 0, 0]), inner, frame, rows.reach_mm)
-            squares[left] = np.where(found <= limit_mm * limit_mm, found, math.inf)
+        nearest.sweep(squares, places, piece.surfels[other], piece.rows, frame, limit_mm)
+        if limit_mm > piece.rows.reach_mm:
+            _look_farther(squares, piece, own, other, frame, limit_mm)
     left = np.flatnonzero(np.isinf(squares))
     if left.size:
         corners = piece.corners(places[left]) + piece.origin
@@ -136,8 +131,29 @@ def _squares(piece: _Piece, own: int, other: int, rivals: Sequence[_Piece], rows
     return squares
 
 
-def _corner_counts(box: Box) -> tuple[int, ...]:
-    return tuple(part.stop - part.start + 1 for part in box)
+def _look_farther(squares: Floats, piece: _Piece, own: int, other: int, frame: Frame, limit_mm: float) -> None:
+    """Fill in what the sweep left, up to `limit_mm`, in the ways that look at the whole island, where they are worth it."""
+    # without the padding, whose corners are nobody's
+    pad = piece.rows.pads[0]
+    depth, height, width = _corner_counts(piece.box)
+    inner = piece.surfels[other][pad : pad + depth, :height, :width]
+    for way in ("planes", "transform"):
+        left = np.flatnonzero(np.isinf(squares))
+        if not left.size:
+            return
+        corners = piece.corners(piece.places[own][left]) - np.array([pad, 0, 0])
+        if way == "planes" and nearest.can_use_planes(left.size, inner, frame):
+            found = nearest.within_planes(corners, inner, frame, piece.rows.reach_mm)
+        elif way == "transform" and nearest.prefer_transform(left.size, int(np.count_nonzero(inner)), inner.size):
+            found = nearest.transform(corners, inner, frame)
+        else:
+            continue
+        squares[left] = np.where(found <= limit_mm * limit_mm, found, math.inf)
+
+
+def _corner_counts(box: Box) -> tuple[int, int, int]:
+    z, y, x = (part.stop - part.start + 1 for part in box)
+    return z, y, x
 
 
 def _gap_mm(piece: _Piece, rivals: Sequence[_Piece], frame: Frame) -> float:
@@ -145,7 +161,7 @@ def _gap_mm(piece: _Piece, rivals: Sequence[_Piece], frame: Frame) -> float:
     gaps = [math.inf]
     for rival in rivals:
         if rival is not piece:
-            boxes = zip(piece.box, rival.box, frame.memory_mm, strict=True)
+            boxes = zip(piece.box, rival.box, frame.edges_mm, strict=True)
             apart = (max(0, theirs.start - ours.stop, ours.start - theirs.stop) * edge for ours, theirs, edge in boxes)
             gaps.append(math.hypot(*apart))
     return min(gaps)

@@ -1,14 +1,16 @@
-"""The nearest surfel on a lattice of voxel corners, found in three ways that agree to the last bit but one.
+"""The nearest surfel on a lattice of voxel corners, found in four ways that agree to the last bit but one.
 
 - `sweep`: in every row of corners (all x at one z, y), the nearest surfel lies next to the query's own x, and one
   cumulative sum says which two it is. Rows are visited from near to far, for all queries at once, until none can hold
   anything nearer. Fast where the two surfaces are close together.
 - `within_planes`: squared distances inside each plane, for all corners at once, from shifted copies; then across planes
   for the queries. Fast where a whole region lies away from the other mask.
-- `search`: a k-d tree of those surfels that can be nearest at all. Always works: for false positives far from everything.
+- `search`: a k-d tree of those surfels that can be nearest at all. For false positives far from everything.
+- `transform`: SciPy's distance transform, whose time depends on the volume alone. For very many surfels far from the other
+  mask (an inverted mask, a skull taken for blood), where all others would take longer.
 
-Axes are in the order of memory, the longest stride first, whatever order the caller's arrays have; only where the last
-bit of a sum depends on it, terms are added in the caller's order.
+Axes are in a working order, the coarsest first, whatever order the caller's arrays have; only where the last bit of a sum
+depends on it, terms are added in the caller's order.
 """
 
 from __future__ import annotations
@@ -37,59 +39,71 @@ WORTH_DROPPING = 0.75
 OFFSET_BITS, WIDEST_PLANE = 10, 700
 #: above the squared distance of any two corners of such a plane
 NOWHERE = 1 << 30
-#: planes are searched where there is at least one query for so many corners
-SPARSE = 1000
+#: planes are searched where there is at least one query for so many corners, and no more than so many for each corner of a plane;
+SPARSE, DENSE = 1000, 5
+#: in volumes that fit the processor's cache; and not farther than so many rows
+PLANES_CORNERS, PLANES_ROWS = 1_200_000, 100
+#: so many pairs of a layer and a query are in memory at once
+PLANES_TOGETHER = 2_000_000
+#: a transform takes about as long as a tree for so many pairs of query and surfel per corner, if the tree is at its slowest
+TRANSFORM_ABOVE = 150
+#: the distance along x is computed for all corners at once only in volumes up to this size
+EVERYWHERE_CORNERS = 4_000_000
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Axis k of memory is axis order[k] of the caller; voxel edges in the order of memory."""
+    """Working axis k is axis order[k] of the caller; voxel edges in working order."""
 
     order: tuple[int, ...]
-    memory_mm: tuple[float, ...]
+    edges_mm: tuple[float, ...]
 
     def sum(self, terms: Sequence[Any]) -> Any:
-        """Add terms given in the order of memory in the caller's order: the bits of SciPy's distance transform."""
+        """Add terms given in working order in the caller's order: the bits of SciPy's distance transform."""
         first, second, third = (terms[self.order.index(axis)] for axis in range(3))
         return first + second + third
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows from near to far: offsets dz, dy and distance; all that is within `reach_mm` lies in one of them."""
+    """Rows from near to far: offsets dz, dy and distance; all that is within `reach_mm` lies in one of them.
+
+    pads    empty corners that `sweep` needs: at both ends of the first axis, behind the last of the others
+    """
 
     dz: NDArray[np.int64]
     dy: NDArray[np.int64]
     mm: Floats
     reach_mm: float
-    pads: tuple[int, ...]
+    pads: tuple[int, int, int]
 
-    def padding(self, width: int) -> tuple[int, ...]:
-        """Empty corners needed around an island of so many columns: two corners of a row are never farther apart than it is wide."""
-        return (*self.pads[:2], min(self.pads[2], width))
+    def inside(self, depth: int, height: int, width: int) -> Rows:
+        """Those that two corners of a box of so many corners can lie apart, with the padding that these need."""
+        kept = (np.abs(self.dz) < depth) & (np.abs(self.dy) < height)
+        dz, dy = self.dz[kept], self.dy[kept]
+        # one empty layer at least, so that the very first corner, where a negative index is clipped to, is padding
+        return Rows(dz, dy, self.mm[kept], self.reach_mm, (max(1, int(np.abs(dz).max())), int(np.abs(dy).max()), min(self.pads[2], width)))
 
 
 @lru_cache(maxsize=128)
-def nearest_rows(memory_mm: tuple[float, ...], number: int) -> Rows:
+def nearest_rows(edges_mm: tuple[float, ...], number: int) -> Rows:
     """The nearest `number` rows of corners."""
     # an ellipse of this radius holds more than `number` rows, however unlike the two edges are
-    radius_mm = math.sqrt(number * memory_mm[0] * memory_mm[1]) + max(memory_mm[:2])
-    far_z, far_y = (min(number, int(radius_mm / edge) + 1) for edge in memory_mm[:2])
+    radius_mm = math.sqrt(number * edges_mm[0] * edges_mm[1]) + max(edges_mm[:2])
+    far_z, far_y = (min(number, int(radius_mm / edge) + 1) for edge in edges_mm[:2])
     z, y = np.arange(-far_z, far_z + 1), np.arange(-far_y, far_y + 1)
-    mm = np.hypot(z[:, None] * memory_mm[0], y[None, :] * memory_mm[1])
+    mm = np.hypot(z[:, None] * edges_mm[0], y[None, :] * edges_mm[1])
     nearest = np.argsort(mm, axis=None, kind="stable")[: number + 1]
     dz, dy = (index - far for index, far in zip(np.unravel_index(nearest, mm.shape), (far_z, far_y), strict=True))
     distances = mm.reshape(-1)[nearest]
-    # one empty layer at least, so that the very first corner, where a negative index is clipped to, is padding
-    pads = (max(1, int(np.abs(dz[:-1]).max())), int(np.abs(dy[:-1]).max()), int(distances[-1] / memory_mm[2]) + 1)
+    pads = (max(1, int(np.abs(dz[:-1]).max())), int(np.abs(dy[:-1]).max()), int(distances[-1] / edges_mm[2]) + 1)
     return Rows(dz[:-1], dy[:-1], distances[:-1], float(distances[-1]), pads)
 
 
-def sweep(best: Floats, places: Places, targets: Bools, rows: Rows, pad: int, frame: Frame, limit_mm: float) -> None:
+def sweep(best: Floats, places: Places, targets: Bools, rows: Rows, frame: Frame, limit_mm: float) -> None:
     """Write into `best` the squared distances (mm2) within the reach of the rows and within `limit_mm`; others stay inf.
 
-    places    flat indices of the queries among the corners of `targets`, which has `rows.padding()` empty ones around it
-    pad       the empty ones behind each row
+    places    flat indices of the queries among the corners of `targets`, which has `rows.pads` empty ones around it
     """
     # with a far one at both ends: found[before[i]] is the last surfel up to i, the one after it the first beyond i
     far = 1 << 30
@@ -102,10 +116,10 @@ def sweep(best: Floats, places: Places, targets: Bools, rows: Rows, pad: int, fr
     found = np.concatenate([[-far], np.flatnonzero(flat), [far]]).astype(np.int32)
     beyond = found[1:]
     # An index off the end of a row or a layer lands in the padding, whose next surfel is farther than the last entry here.
-    steps = np.arange(pad + 2, dtype=np.float64) * frame.memory_mm[2]
+    steps = np.arange(rows.pads[2] + 2, dtype=np.float64) * frame.edges_mm[2]
     along = steps * steps
     along[-1] = math.inf
-    across = [((offsets * edge) ** 2)[:, None] for offsets, edge in zip((rows.dz, rows.dy), frame.memory_mm, strict=False)]
+    across = [((offsets * edge) ** 2)[:, None] for offsets, edge in zip((rows.dz, rows.dy), frame.edges_mm, strict=False)]
     jumps = (rows.dz * layer + rows.dy * width)[:, None]
     n_rows = int(np.searchsorted(rows.mm, reach_mm, side="right"))
 
@@ -114,7 +128,7 @@ def sweep(best: Floats, places: Places, targets: Bools, rows: Rows, pad: int, fr
         return np.asarray(along.take(gap, mode="clip"))
 
     everywhere = None
-    if places.size * CROWDED > flat.size:
+    if places.size * CROWDED > flat.size and flat.size <= EVERYWHERE_CORNERS:
         everywhere = squared(np.arange(flat.size), before)
         everywhere[0] = math.inf  # where clipped indices end: padding
 
@@ -138,26 +152,31 @@ def sweep(best: Floats, places: Places, targets: Bools, rows: Rows, pad: int, fr
 
 
 def can_use_planes(n_queries: int, surfels: Bools, frame: Frame) -> bool:
-    """Are the two edges within a plane one number, the planes not too wide for the integers, and the queries worth it?"""
+    """Are the two edges within a plane one number, the planes not too wide for the integers, and the work worth it?"""
     _, height, width = surfels.shape
-    return frame.memory_mm[1] == frame.memory_mm[2] and max(height, width) <= WIDEST_PLANE and surfels.size <= SPARSE * n_queries
+    possible = frame.edges_mm[1] == frame.edges_mm[2] and max(height, width) <= WIDEST_PLANE
+    worth_it = surfels.size <= min(SPARSE * n_queries, PLANES_CORNERS) and n_queries <= DENSE * height * width
+    return possible and worth_it
 
 
 def within_planes(corners: Places, surfels: Bools, frame: Frame, least_mm: float) -> Floats:
-    """Squared distances (mm2) from corners, one (z, y, x) a row, to the nearest of `surfels`, which holds some.
+    """Squared distances (mm2) from corners, one (z, y, x) a row, to the nearest of `surfels`; inf where that is too many rows away.
 
+    surfels     holds at least one
     least_mm    a guess at the least distance: where to begin. The result does not depend on it
     """
-    across_mm, edge_mm, _ = frame.memory_mm
+    across_mm, edge_mm, _ = frame.edges_mm
     depth, height, width = surfels.shape
     layers = np.flatnonzero(surfels.any(axis=(1, 2)))
     one_row = _along_rows(surfels[layers])
     plane, moved = one_row.copy(), np.empty_like(one_row)
     # per layer and z: squared distance between them
     apart = ((layers[:, None] - np.arange(depth)) * across_mm) ** 2
-    found = np.empty(len(corners))
+    found = np.full(len(corners), math.inf)
     open_ = np.arange(len(corners))
-    seen, reach = 0, min(height - 1, int(1.5 * least_mm / edge_mm) + 1)
+    last = min(height - 1, PLANES_ROWS)
+    seen, reach = 0, min(last, int(1.5 * least_mm / edge_mm) + 1)
+    together = max(1, PLANES_TOGETHER // len(layers))
     while open_.size:
         for dy in range(seen + 1, reach + 1):
             # rows at the same distance come with the same offset: the smaller integer is the nearer surfel
@@ -165,27 +184,48 @@ def within_planes(corners: Places, surfels: Bools, frame: Frame, least_mm: float
             np.minimum(plane[:, dy:], moved[:, :-dy], out=plane[:, dy:])
             np.minimum(plane[:, :-dy], moved[:, dy:], out=plane[:, :-dy])
         seen = reach
-        z, y, x = corners[open_].T
-        packed = plane.reshape(len(layers), -1).take(y * width + x, axis=1)
-        squares = (packed >> OFFSET_BITS) * edge_mm**2 + apart.take(z, axis=1)
-        layer, each = squares.argmin(axis=0), np.arange(open_.size)
         # nothing in the rows that were not looked at can be nearer than the first of them
-        done = each if seen >= height - 1 else np.flatnonzero(squares[layer, each] <= ((seen + 1) * edge_mm) ** 2)
-        layer, best = layer[done], packed[layer[done], done]
-        dy = best & ((1 << OFFSET_BITS) - 1)
-        dx = np.rint(np.sqrt((best >> OFFSET_BITS) - dy * dy))
-        offsets = (layers[layer] - z[done], dy, dx)
-        found[open_[done]] = frame.sum([(offset * edge) ** 2 for offset, edge in zip(offsets, frame.memory_mm, strict=True)])
-        open_ = np.delete(open_, done)
-        reach = min(height - 1, reach + reach // 2 + 1)
+        sure = math.inf if seen >= height - 1 else ((seen + 1) * edge_mm) ** 2
+        rest = []
+        for part in np.split(open_, range(together, open_.size, together)):
+            z, y, x = corners[part].T
+            packed = plane.reshape(len(layers), -1).take(y * width + x, axis=1)
+            squares = (packed >> OFFSET_BITS) * edge_mm**2 + apart.take(z, axis=1)
+            layer, each = squares.argmin(axis=0), np.arange(part.size)
+            done = np.flatnonzero(squares[layer, each] <= sure)
+            layer, best = layer[done], packed[layer[done], done]
+            dy = best & ((1 << OFFSET_BITS) - 1)
+            dx = np.rint(np.sqrt((best >> OFFSET_BITS) - dy * dy))
+            offsets = (layers[layer] - z[done], dy, dx)
+            found[part[done]] = frame.sum([(offset * edge) ** 2 for offset, edge in zip(offsets, frame.edges_mm, strict=True)])
+            rest.append(np.delete(part, done))
+        open_ = np.concatenate(rest)
+        if seen >= last:
+            break
+        reach = min(last, reach + reach // 2 + 1)
     return found
+
+
+def prefer_transform(n_queries: int, n_surfels: int, n_corners: int) -> bool:
+    """Would a k-d tree, at its slowest, take longer than a transform of the whole volume?"""
+    return n_queries * n_surfels > TRANSFORM_ABOVE * n_corners
+
+
+def transform(corners: Places, surfels: Bools, frame: Frame) -> Floats:
+    """Squared distances (mm2) from corners, one (z, y, x) a row, to the nearest of `surfels`, which holds some."""
+    from scipy import ndimage
+
+    nearest = ndimage.distance_transform_edt(~surfels, sampling=frame.edges_mm, return_distances=False, return_indices=True)
+    inside = tuple(corners.T)
+    offsets = [(index[inside] - axis) * edge for index, axis, edge in zip(nearest, inside, frame.edges_mm, strict=True)]
+    return np.asarray(frame.sum([offset * offset for offset in offsets]))
 
 
 def search(corners: Places, targets: Places, frame: Frame) -> Floats:
     """Squared distances (mm2) from corners to the nearest of `targets`, one (z, y, x) a row each."""
     from scipy.spatial import cKDTree
 
-    edges_mm = np.array(frame.memory_mm)
+    edges_mm = np.array(frame.edges_mm)
     low, high = corners.min(axis=0), corners.max(axis=0)
     # seen from the box of all queries, some surfels are farther at their nearest than another is at its farthest
     nearest = (np.maximum(np.maximum(low - targets, targets - high), 0) * edges_mm) ** 2
