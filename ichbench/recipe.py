@@ -109,7 +109,8 @@ class PlanRecipe(Strict):
 class NetworkRecipe(Strict):
     """The U-Net beyond what the plan says."""
 
-    convs_per_stage: Annotated[int, Field(ge=1)] = 2
+    #: auto: the plan's (2 in nnU-Net's plain network; in the residual one blocks of the encoder); a number holds for every stage
+    convs_per_stage: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     leaky_slope: Annotated[float, Field(ge=0)] = 0.01
     deep_supervision: bool = True
     #: how many of the lowest decoder levels get no loss (nnU-Net v2: 1; the paper: 2)
