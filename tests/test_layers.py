@@ -49,7 +49,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "recipe": (),
     "arms": (),
     "prepare": ("window", "resize", "downsample", "slices", "crop", "normalize", "resample", "fingerprint", "plan", "pipeline", "store"),
-    "network": ("norm", "blocks", "unet", "losses", "weights"),
+    "network": ("norm", "blocks", "unet", "losses", "weights", "checkpoint", "nnunet_weights"),
     "inference": ("sliding", "predictors", "model"),
     "training": ("patches", "augment", "batches", "schedule", "trainer"),
     "board": ("summary", "effects", "render", "check"),
