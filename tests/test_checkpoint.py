@@ -26,7 +26,10 @@ def benign() -> dict[str, Any]:
     weight = torch.randn(3, 2, 1, 1)
     return {
         "network_weights": {"encoder.a": weight, "decoder.encoder.a": weight},
-        "optimizer_state": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.01, "nesterov": True, "params": [0]}]},
+        "optimizer_state": {
+            "state": {0: {"momentum_buffer": torch.ones(3)}},
+            "param_groups": [{"lr": 0.01, "nesterov": True, "params": [0]}],
+        },
         "grad_scaler_state": None,
         "logging": {"mean_fg_dice": [np.float32(0.25)], "dice_per_class_or_region": [[np.float64(0.5)]], "lrs": [0.01], "train_losses": []},
         "_best_ema": np.float32(0.125),
@@ -42,7 +45,7 @@ def test_a_checkpoint_as_nnunet_writes_it(tmp_path: Path) -> None:
     torch.save(benign(), path)
     found = read_checkpoint(path)
     assert found["_best_ema"] == 0.125
-    assert found["logging"] == {"mean_fg_dice": [0.25], "dice_per_class_or_region": [[0.5]], "lrs": [0.01], "train_losses": []}
+    assert found["logging"] == {"mean_fg_dice": [0.25], "dice_per_class_or_region": [[0.5]], "lrs": [0.01]}
     assert found["inference_allowed_mirroring_axes"] == (0, 1, 2)
     first, second = found["network_weights"].values()
     assert first.data_ptr() == second.data_ptr()
@@ -89,6 +92,7 @@ def attacks(target: Path) -> dict[str, Any]:
     evaluated = Calls(eval, f"open({str(target)!r}, 'w')")
     array = np.empty(1, dtype=object)
     array[0] = evaluated
+    objects = (1, (1,), np.dtype("O"), False, [touch])
     return {
         "os.system": touch,
         "eval": evaluated,
@@ -98,7 +102,9 @@ def attacks(target: Path) -> dict[str, Any]:
         "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
         "path": Calls(Path.touch, target),
         "in an object array": array,
-        "numpy's reconstruct": Calls(np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [touch])),
+        "numpy's reconstruct": Calls(
+            np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [touch])
+        ),
         "an object scalar": Calls(np._core.multiarray.scalar, np.dtype("O"), touch),
         "numpy's load": Calls(np.load, str(target)),
         "copyreg": Calls(copyreg._reconstructor, Path, object, None, state=touch),  # type: ignore[attr-defined]
@@ -184,7 +190,12 @@ def test_a_truncated_file(tmp_path: Path, kept: float) -> None:
 def test_a_storage_that_claims_more_than_there_is(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     torch.save({"a": torch.arange(4.0)}, path)
-    rewrite(path, lambda data: data.replace(b"K\x04t", b"J" + struct.pack("<i", 1 << 28) + b"t").replace(b"K\x04\x85", b"J" + struct.pack("<i", 1 << 28) + b"\x85"))
+    rewrite(
+        path,
+        lambda data: data.replace(b"K\x04t", b"J" + struct.pack("<i", 1 << 28) + b"t").replace(
+            b"K\x04\x85", b"J" + struct.pack("<i", 1 << 28) + b"\x85"
+        ),
+    )
     with pytest.raises(InputError, match="damaged or no checkpoint"):
         read_checkpoint(path)
 

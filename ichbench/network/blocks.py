@@ -64,9 +64,7 @@ class ResidualBlock(nn.Module):
 BLOCKS: dict[str, type[ConvBlock | ResidualBlock]] = {"plain": ConvBlock, "residual": ResidualBlock}
 
 
-def stage(
-    family: str, dims: int, channels: tuple[int, int], kernel: Axes, stride: Axes, blocks: int, leaky_slope: float
-) -> nn.Sequential:
+def stage(family: str, dims: int, channels: tuple[int, int], kernel: Axes, stride: Axes, blocks: int, leaky_slope: float) -> nn.Sequential:
     """`blocks` blocks; the first changes the channel count and carries the stride."""
     channels_in, channels_out = channels
     block, one = BLOCKS[family], (1,) * dims

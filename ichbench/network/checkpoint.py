@@ -20,7 +20,8 @@ import torch
 from ichbench.errors import InputError
 
 #: numpy's name of a plain number type -> how `struct` reads it
-SCALARS = {"f2": "e", "f4": "f", "f8": "d", "b1": "?", **{f"{k}{n}": c for k, cs in (("i", "bhiq"), ("u", "BHIQ")) for n, c in zip((1, 2, 4, 8), cs, strict=True)}}  # fmt: skip
+SCALARS = {"b1": "?", "f2": "e", "f4": "f", "f8": "d"}
+SCALARS |= {"i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
 
 
 class _Type:
@@ -84,8 +85,11 @@ def _refusal(path: Path, error: Exception) -> str:
     """One sentence for the user: what the file asked for, or that it is damaged."""
     said = str(error)
     asked = re.search(r"(?:GLOBAL|function|get) (<?[\w.]+(?: [\w.]+>?)*)", said)
-    if type(error).__name__ == "UnpicklingError" or isinstance(error, ValueError) and "numpy" in said:
-        what = f"asks for {asked[1]}" if asked else f"holds {said}" if "numpy" in said else "holds what torch's restricted reader refuses"
+    if type(error).__name__ == "UnpicklingError" or (isinstance(error, ValueError) and "numpy" in said):
+        if asked:
+            what = f"asks for {asked[1]}"
+        else:
+            what = f"holds {said}" if "numpy" in said else "holds what torch's restricted reader refuses"
         return (
             f"{path} is refused, and nothing in it was executed: it {what}. A checkpoint of nnU-Net needs tensors, plain containers "
             "and numbers, anything else may be an attack. If you trust its source, load it with nnU-Net itself and save "

@@ -70,7 +70,7 @@ def shortest_name(key: str) -> str:
 
 def weights_to_nnunet(network: nn.Module, plan: Levels) -> dict[str, Tensor]:
     """nnU-Net's state dict of a `UNet`; aliases share their memory, so a file that holds it is no larger."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in network.state_dict().items():
         tensor = value.detach().to("cpu", torch.float32).contiguous()
         tensors |= dict.fromkeys(aliases(nnunet_name(name, plan)), tensor)
