@@ -26,12 +26,9 @@ def benign() -> dict[str, Any]:
     weight = torch.randn(3, 2, 1, 1)
     return {
         "network_weights": {"encoder.a": weight, "decoder.encoder.a": weight},
-        "optimizer_state": {
-            "state": {0: {"momentum_buffer": torch.ones(3)}},
-            "param_groups": [{"lr": 0.01, "nesterov": True, "params": [0]}],
-        },
+        "optimizer_state": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.01, "params": [0]}]},
         "grad_scaler_state": None,
-        "logging": {"mean_fg_dice": [np.float32(0.25)], "dice_per_class_or_region": [[np.float64(0.5)]], "lrs": [0.01], "train_losses": []},
+        "logging": {"mean_fg_dice": [np.float32(0.25)], "dice_per_class_or_region": [[np.float64(0.5)]], "lrs": [0.01]},
         "_best_ema": np.float32(0.125),
         "current_epoch": 2,
         "init_args": {"plans": {"a": [1, 2.5, None]}, "configuration": "3d_fullres", "fold": "all", "device": torch.device("cpu")},
@@ -102,9 +99,7 @@ def attacks(target: Path) -> dict[str, Any]:
         "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
         "path": Calls(Path.touch, target),
         "in an object array": array,
-        "numpy's reconstruct": Calls(
-            np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=(1, (1,), np.dtype("O"), False, [touch])
-        ),
+        "numpy's reconstruct": Calls(np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=objects),
         "an object scalar": Calls(np._core.multiarray.scalar, np.dtype("O"), touch),
         "numpy's load": Calls(np.load, str(target)),
         "copyreg": Calls(copyreg._reconstructor, Path, object, None, state=touch),  # type: ignore[attr-defined]

@@ -84,7 +84,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def _refusal(path: Path, error: Exception) -> str:
     """One sentence for the user: what the file asked for, or that it is damaged."""
     said = str(error)
-    asked = re.search(r"(?:GLOBAL|function|get) (<?[\w.]+(?: [\w.]+>?)*)", said)
+    asked = re.search(r"(?:GLOBAL|function|get) (<?\w[\w.]*\w)", said)
     if type(error).__name__ == "UnpicklingError" or (isinstance(error, ValueError) and "numpy" in said):
         if asked:
             what = f"asks for {asked[1]}"
