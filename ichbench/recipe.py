@@ -196,7 +196,14 @@ class InferenceRecipe(Strict):
     checkpoint: Literal["final", "best"] = "final"
     tile_step: Annotated[float, Field(gt=0, le=1)] = 0.5
     gaussian: bool = True
-    mirror: bool = True
+    #: mean over mirrorings: of all spatial axes, of none, or of those named (0 is the plan's first axis)
+    mirror: bool | tuple[Annotated[int, Field(ge=0, le=2)], ...] = True
+    #: what the network computes in; sums over tiles and mirrorings stay float32. fp16 is for GPUs, bf16 pays where the CPU has it
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    #: nnunet: one tile at a time, sums over tiles and folds and resampling back in half precision, as nnU-Net's predictor does
+    compatibility: Literal["ichbench", "nnunet"] = "ichbench"
+    #: cross-validate: keep only largest components where that raised the Dice of the five folds (nnU-Net's rule)
+    postprocess: Literal["off", "cross-validate"] = "off"
     threshold: ThresholdRecipe = ThresholdRecipe()
 
 

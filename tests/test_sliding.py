@@ -140,7 +140,7 @@ def test_mirroring_is_the_mean_over_all_flips(dims: int) -> None:
     x = image(1, 1 if dims == 2 else 4, 6, 8)
     plan = Plan(dims, (6, 8) if dims == 2 else (4, 6, 8))
     np.testing.assert_allclose(predict_logits(place, x, plan, InferenceRecipe()), np.full(x.shape, 3.5))
-    assert len(calls) == 2**dims
+    assert len(calls) == 4  # in 3D two flips of a lone small tile go in together
     np.testing.assert_allclose(predict_logits(place, x, plan, PLAIN)[0, 0, 0], np.arange(8))
 
 

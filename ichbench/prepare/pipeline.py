@@ -170,6 +170,19 @@ def restore_logits(logits_czyx: NDArray[np.floating], geometry: Geometry) -> NDA
     return _restore(len(logits_czyx), lambda index: logits_czyx[index], geometry).astype(np.int16)
 
 
+def restore_scores(scores_czyx: NDArray[np.floating], geometry: Geometry) -> NDArray[np.floating]:
+    """Scores (heads, z, y, x) on the prepared grid -> native grid, in its axis order and their own dtype; NaN where none was seen."""
+    if tuple(scores_czyx.shape[1:]) != geometry.shape:
+        raise InputError(f"scores have shape {scores_czyx.shape[1:]}, but the case was prepared to {geometry.shape}")
+    flags = geometry.flags
+    order, places = _back(geometry)
+    out = np.full((len(scores_czyx), *(flags.native_shape[axis] for axis in flags.axes)), np.nan, dtype=scores_czyx.dtype)
+    for head, score in zip(out, scores_czyx, strict=True):
+        head[tuple(slice(first, first + len(position)) for first, position in places)] = _shown(score, geometry, order, places)
+    flipped = out[(slice(None), *(slice(None, None, -1) if flip else slice(None) for flip in flags.flips))]
+    return np.ascontiguousarray(flipped.transpose(0, *(1 + axis for axis in np.argsort(flags.axes))))
+
+
 def restore_labels(labels_zyx: NDArray[np.integer], geometry: Geometry) -> NDArray[np.int16]:
     """Labels on the prepared grid (-1 counts as background) -> native grid, through their indicators (the ceiling arm)."""
     if tuple(labels_zyx.shape) != geometry.shape:
@@ -204,19 +217,13 @@ def foreground_locations(labels_zyx: NDArray[np.integer]) -> dict[int, NDArray[n
 def _restore(n: int, score: Any, geometry: Geometry) -> NDArray[np.intp]:
     """Index of the highest score at each native voxel; score(index) is a map on the prepared grid. Ties: lower index."""
     flags = geometry.flags
-    to_working = [flags.file_order[axis] for axis in geometry.transpose_forward]
-    order = [to_working.index(axis) for axis in range(3)]
-    places = [_place(axis, geometry.box[order[axis]], flags) for axis in range(3)]
+    order, places = _back(geometry)
     working_shape = tuple(flags.native_shape[axis] for axis in flags.axes)
     out = np.zeros(working_shape, dtype=np.intp)
     inside = tuple(slice(first, first + len(position)) for first, position in places)
     height: NDArray[np.floating] | None = None
     for index in range(n):
-        scores = resample_image(score(index)[None], geometry.cropped_shape, geometry.new_spacing_mm, geometry.spacing_mm, order=1)[0]
-        scores = scores.transpose(order)
-        for axis, (_, position) in enumerate(places):
-            if len(position) != scores.shape[axis] or not np.array_equal(position, np.arange(len(position))):
-                scores = interpolate_axis(scores, axis, position)
+        scores = _shown(score(index), geometry, order, places)
         if height is None:
             height = scores.copy()
             continue
@@ -225,6 +232,23 @@ def _restore(n: int, score: Any, geometry: Geometry) -> NDArray[np.intp]:
         height[higher] = scores[higher]
     flipped = out[tuple(slice(None, None, -1) if flip else slice(None) for flip in flags.flips)]
     return np.ascontiguousarray(flipped.transpose(np.argsort(flags.axes)))
+
+
+def _back(geometry: Geometry) -> tuple[list[int], list[tuple[int, NDArray[np.float64]]]]:
+    """The prepared axis that is each working axis, and for each working axis what `_place` says."""
+    to_working = [geometry.flags.file_order[axis] for axis in geometry.transpose_forward]
+    order = [to_working.index(axis) for axis in range(3)]
+    return order, [_place(axis, geometry.box[order[axis]], geometry.flags) for axis in range(3)]
+
+
+def _shown(score_zyx: NDArray[np.floating], geometry: Geometry, order: Sequence[int], places: Sequence[Any]) -> NDArray[np.floating]:
+    """One map on the prepared grid, resampled to the native voxels that the box shows, in working order."""
+    spacings = geometry.new_spacing_mm, geometry.spacing_mm
+    scores = resample_image(score_zyx[None], geometry.cropped_shape, *spacings, order=1)[0].transpose(order)
+    for axis, (_, position) in enumerate(places):
+        if len(position) != scores.shape[axis] or not np.array_equal(position, np.arange(len(position))):
+            scores = interpolate_axis(scores, axis, position)
+    return scores
 
 
 def _place(axis: int, span: tuple[int, int], flags: FlagGeometry) -> tuple[int, NDArray[np.float64]]:
