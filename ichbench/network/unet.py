@@ -102,7 +102,7 @@ def make_unet(plan: Topology, recipe: NetworkRecipe, seed: int = 0) -> UNet:
     Residual blocks start as their input alone: scale and shift of their last norm are 0.
     Raises InputError when the plan has fewer than two stages or its parts do not fit together.
     """
-    _check(plan)
+    check_topology(plan)
     # building on the meta device leaves torch's global generator where it was
     with torch.device("meta"):
         network = UNet(plan, recipe)
@@ -122,7 +122,8 @@ def make_unet(plan: Topology, recipe: NetworkRecipe, seed: int = 0) -> UNet:
     return network.to(memory_format=CHANNELS_LAST[plan.dims])  # type: ignore[call-overload, no-any-return]
 
 
-def _check(plan: Topology) -> None:
+def check_topology(plan: Topology) -> None:
+    """Raise InputError where the parts of a plan make no network."""
     stages = len(plan.features)
     if stages < 2:
         raise InputError(f"the plan has {stages} stage(s); a U-Net needs at least 2: the images (or plan.patch_size) are too small")
