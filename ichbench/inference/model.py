@@ -1,8 +1,8 @@
 """A trained model as a folder, and its use on images from outside any study.
 
-    plan.json     the configuration           model.json    recipe, channels, labels or regions, orientation, folds
-    final.safetensors, final.json             the weights of a model of one fold, or
-    fold_0/final.safetensors, ...             those of several, whose logits are averaged
+plan.json     the configuration           model.json    recipe, channels, labels or regions, orientation, folds
+final.safetensors, final.json             the weights of a model of one fold, or
+fold_0/final.safetensors, ...             those of several, whose logits are averaged
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ichbench.inference.predictors import Tools, predict_unet
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights
 from ichbench.prepare.plan import Plan
-from ichbench.recipe import Recipe
+from ichbench.recipe import PrepareRecipe, Recipe
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -165,14 +165,16 @@ def _one_file_each(folder: Path, paths: Sequence[Path]) -> dict[str, tuple[Path,
         if case_id in cases:
             raise InputError(f"{folder}: {cases[case_id][0].name} and {path.name} are the same case {case_id!r}; keep one")
         if f"{case_id}_0000" in stems and f"{case_id}_0001" in stems:
-            raise InputError(f"{folder}: case {case_id!r} has several channels, but the model takes one; keep the right one, or rename the cases")
+            raise InputError(
+                f"{folder}: case {case_id!r} has several channels, but the model takes one; keep the right one, or rename the cases"
+            )
         cases[case_id] = (path,)
     return cases
 
 
-def read_case(model: Model, case_id: str, files: Sequence[Path]) -> tuple[Case, tuple[str, ...]]:
-    """The case as the model wants it: channels stacked, axes turned to those of its training cases; and notes."""
-    keep = model.tools.prepare.compatibility == "nnunet"
+def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_zyx: str | None) -> tuple[Case, tuple[str, ...]]:
+    """The case as a model wants it: channels stacked, axes turned to those of its training cases (`axes_zyx`); and notes."""
+    keep = recipe.compatibility == "nnunet"
     notes: list[str] = []
     first, grid = read_image(files[0], keep_file_order=keep)
     volumes = [first]
@@ -189,19 +191,19 @@ def read_case(model: Model, case_id: str, files: Sequence[Path]) -> tuple[Case, 
             # as in nnU-Net, which compares shape and spacing alone
             notes.append(f"{path.name} lies elsewhere than {files[0].name}; the voxels were taken as they lie")
         volumes.append(volume)
-    if not keep and model.axes_zyx is not None and grid.axis_codes_zyx != model.axes_zyx:
+    if not keep and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
         # the network has only seen heads that lie the way its cohort did; the grid remembers how to write the mask back
         volumes, grid = reorient(volumes, grid)
-        if grid.axis_codes_zyx != model.axes_zyx:
+        if grid.axis_codes_zyx != axes_zyx:
             raise InputError(
-                f"{files[0]}: its axes (z, y, x) can be turned to {grid.axis_codes_zyx}, but the model was trained on {model.axes_zyx}; "
+                f"{files[0]}: its axes (z, y, x) can be turned to {grid.axis_codes_zyx}, but the model was trained on {axes_zyx}; "
                 "store the image in the model's orientation"
             )
     return Case(case_id, np.stack(volumes), None, grid), tuple(notes)
 
 
 def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Path) -> Predicted:
-    case, notes = read_case(model, case_id, files)
+    case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
     prediction = predict_unet(case, model.tools)
     labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
     write_labels(target, labels, case.grid)

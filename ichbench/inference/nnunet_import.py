@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -32,8 +32,7 @@ from ichbench.prepare.plan import Plan
 from ichbench.prepare.plans_json import plan_of, read_plans
 from ichbench.recipe import NetworkRecipe, make_recipe
 
-Checkpoint = Literal["final", "best"]
-
+CHECKPOINTS = ("final", "best")
 #: what decides how nnU-Net's two networks compute; plans with other settings are refused
 ARCHITECTURE = frozenset(
     "n_stages features_per_stage conv_op kernel_sizes strides n_conv_per_stage n_blocks_per_stage n_conv_per_stage_decoder conv_bias "
@@ -55,12 +54,14 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", folds: Sequence[str] | None = None) -> Imported:
+def import_nnunet(folder: Path, out: Path, checkpoint: str = "final", folds: Sequence[str] | None = None) -> Imported:
     """Write the model folder `out` from a result folder of nnU-Net v2; every fold found, or the `folds` asked for.
 
     Raises InputError where a file is missing, damaged, hostile or does not fit to the others, and for what cannot be
     computed here (other networks, preprocessors, cascades). `out` then does not exist.
     """
+    if checkpoint not in CHECKPOINTS:
+        raise InputError(f"--checkpoint {checkpoint!r} is not understood; allowed are {', '.join(CHECKPOINTS)}")
     plans, dataset = _read_tables(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists and is not an empty folder; give a new one")
@@ -76,7 +77,7 @@ def import_nnunet(folder: Path, out: Path, checkpoint: Checkpoint = "final", fol
 
 
 def _import_into(
-    made: Path, folder: Path, plans: dict[str, Any], dataset: dict[str, Any], checkpoint: Checkpoint, names: tuple[str, ...]
+    made: Path, folder: Path, plans: dict[str, Any], dataset: dict[str, Any], checkpoint: str, names: tuple[str, ...]
 ) -> tuple[Plan, tuple[str, ...], str, tuple[int, ...], tuple[str, ...]]:
     """Everything below the new folder; returns what `Imported` says, the folder apart."""
     about: _About | None = None
@@ -147,7 +148,9 @@ class _About:
 
 def _about(content: dict[str, Any], path: Path, folder: Path) -> _About:
     if "network_weights" not in content:
-        raise InputError(f"{path}: holds no network_weights (but {', '.join(map(str, list(content)[:5]))}); give a checkpoint of nnU-Net v2")
+        raise InputError(
+            f"{path}: holds no network_weights (but {', '.join(map(str, list(content)[:5]))}); give a checkpoint of nnU-Net v2"
+        )
     parts = folder.resolve().name.split("__")
     init = content.get("init_args")
     said = init.get("configuration") if isinstance(init, Mapping) else None
@@ -181,7 +184,9 @@ def _plan(plans: dict[str, Any], dataset: dict[str, Any], configuration: str, fo
     kwargs = table["architecture"]["arch_kwargs"] if "architecture" in table else {}
     unknown = sorted(name for name, value in kwargs.items() if name not in ARCHITECTURE and value not in (None, False))
     if unknown:
-        raise InputError(f"{where}: the network has the setting {unknown[0]} = {kwargs[unknown[0]]!r}, which is not built here; use nnU-Net")
+        raise InputError(
+            f"{where}: the network has the setting {unknown[0]} = {kwargs[unknown[0]]!r}, which is not built here; use nnU-Net"
+        )
     reader = plans.get("image_reader_writer")
     if isinstance(reader, str) and reader.endswith("WithReorient"):
         raise InputError(f"{source}: its images were turned on reading ({reader}), which prediction here does not do; use nnU-Net")

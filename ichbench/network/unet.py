@@ -21,6 +21,8 @@ from ichbench.network.blocks import BLOCKS, CONV, UP_CONV, Axes, ConvBlock, Resi
 from ichbench.network.norm import NormAct
 from ichbench.recipe import NetworkRecipe
 
+#: beyond these a plan is a mistake, or made to exhaust the machine (nnU-Net's largest have 512 features and 40 blocks)
+MOST_FEATURES, MOST_BLOCKS = 2**15, 1000
 CHANNELS_LAST: dict[int, Any] = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -134,6 +136,8 @@ def check_topology(plan: Topology) -> None:
     if wrong or len(plan.decoder_convs) != stages - 1:
         said = lengths | {"decoder_convs": len(plan.decoder_convs)}
         raise InputError(f"the plan has {stages} stages, but {said}; one entry per stage (decoder: one less) is needed, so plan again")
+    if max(plan.features) > MOST_FEATURES or sum(plan.convs_per_stage) + sum(plan.decoder_convs) > MOST_BLOCKS:
+        raise InputError(f"the plan has more than {MOST_FEATURES} features a stage or {MOST_BLOCKS} blocks; no network is that large")
     even = [kernel for kernel in plan.kernels if any(size % 2 == 0 for size in kernel)]
     if even:
         raise InputError(f"the plan has the kernel {tuple(even[0])}; only odd sizes keep the shape of the image")
