@@ -61,6 +61,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "target",
         "configuration",
         "plan",
+        "plans_json",
         "pipeline",
         "store",
     ),
