@@ -62,6 +62,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "target",
         "configuration",
         "plan",
+        "plans_json",
         "pipeline",
         "store",
     ),
