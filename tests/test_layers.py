@@ -63,6 +63,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "plan",
         "plans_json",
         "pipeline",
+        "survey",
         "store",
     ),
     "network": ("norm", "unet", "losses", "weights"),

@@ -21,7 +21,7 @@ from ichbench.prepare.plans_json import count_labels, plan_of, plans_of, plans_t
 from ichbench.prepare.topology import FAMILIES
 from ichbench.recipe import PlanRecipe
 
-N_DRAWN = 100
+N_DRAWN = 60
 NAMES = ["CT", "ct", "MR", "T1", "noNorm", "zscore", "rescale_to_0_1", "rgb_to_0_1", "PET"]
 INTENSITY = ["max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std"]
 
