@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,17 @@ class Fingerprint:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"not a dataset fingerprint: {error!r}; prepare the cohort again") from None
+
+
+def read_fingerprint(path: Path, n_cases: int) -> Fingerprint:
+    """A fingerprint file, ours or nnU-Net's, of that many cases; `InputError` where it is not one."""
+    try:
+        found = Fingerprint.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); give a dataset_fingerprint.json") from None
+    if len(found.spacings) != n_cases:
+        raise InputError(f"{path}: was taken of {len(found.spacings)} cases, but there are {n_cases} training cases; take it again")
+    return found
 
 
 @dataclass(frozen=True)
