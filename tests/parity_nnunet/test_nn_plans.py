@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,8 @@ import pytest
 
 pytest.importorskip("nnunetv2")
 
+from nn_planners import their_plans
+
 from ichbench.errors import InputError
 from ichbench.prepare.fingerprint import Fingerprint
 from ichbench.prepare.plan import plan_all
@@ -21,18 +21,9 @@ from ichbench.prepare.plans_json import count_labels, plan_of, plans_of, plans_t
 from ichbench.prepare.topology import FAMILIES
 from ichbench.recipe import PlanRecipe
 
-N_DRAWN = 100
+N_DRAWN = 60
 NAMES = ["CT", "ct", "MR", "T1", "noNorm", "zscore", "rescale_to_0_1", "rgb_to_0_1", "PET"]
 INTENSITY = ["max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std"]
-
-
-def planners() -> dict[str, Any]:
-    from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner as plain
-    from nnunetv2.experiment_planning.experiment_planners import resencUNet_planner as older
-    from nnunetv2.experiment_planning.experiment_planners.residual_unets import residual_encoder_unet_planners as residual
-
-    places = {"plain": plain, "resenc": older, "resenc_m": residual, "resenc_l": residual, "resenc_xl": residual}
-    return {family: getattr(place, FAMILIES[family].planner) for family, place in places.items()}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -121,30 +112,6 @@ def drawn_cohort(rng: np.random.Generator) -> tuple[dict[str, Any], dict[str, An
     return fingerprint, dataset, arguments
 
 
-def theirs(folders: Path, family: str, fingerprint: dict[str, Any], dataset: dict[str, Any], arguments: dict[str, Any]) -> str:
-    """The plans file that nnunetv2 writes, as text; its networks are built on torch's `meta` device, which costs nothing."""
-    import torch
-
-    raw, preprocessed = folders / "raw" / "Dataset900_Drawn", folders / "preprocessed" / "Dataset900_Drawn"
-    for folder in (raw, preprocessed):
-        folder.mkdir(exist_ok=True)
-    for old in preprocessed.iterdir():
-        old.unlink()
-    image = raw / "one_0000.nii.gz"
-    if not image.exists():
-        import nibabel
-
-        nibabel.save(nibabel.Nifti1Image(np.zeros((3, 3, 3), np.int16), np.eye(4)), image)
-    # explicit paths spare nnunetv2 a pool of twelve processes for listing a folder
-    listed = dataset | {"dataset": {"one": {"images": [str(image)], "label": str(image)}}}
-    (raw / "dataset.json").write_text(json.dumps(listed))
-    (preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
-    with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
-        planner = planners()[family]("Dataset900_Drawn", **arguments)
-        planner.plan_experiment()
-    return (preprocessed / f"{planner.plans_identifier}.json").read_text()
-
-
 def ours(family: str, fingerprint: dict[str, Any], dataset: dict[str, Any], arguments: dict[str, Any]) -> str:
     fields: dict[str, Any] = {"family": family}
     if "overwrite_target_spacing" in arguments:
@@ -171,7 +138,7 @@ def test_plans_files_are_equal_character_by_character(nnunet_folders: Path, fres
         for family in FAMILIES:
             about = (fresh_seed, part, number, family, fingerprint["spacings"], fingerprint["shapes_after_crop"], dataset, arguments)
             try:
-                expected = theirs(nnunet_folders, family, fingerprint, dataset, arguments)
+                expected = their_plans(nnunet_folders, family, fingerprint, dataset, arguments)
             except (ZeroDivisionError, OverflowError, ValueError, AssertionError, IndexError, RuntimeError) as error:
                 refused += 1
                 with pytest.raises(InputError):
