@@ -51,7 +51,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "arms": (),
     "prepare": ("window", "resize", "downsample", "slices", "crop", "normalize", "resample", "fingerprint", "plan", "pipeline", "store"),
     "network": ("norm", "unet", "losses", "weights"),
-    "inference": ("sliding", "ensemble", "cascade", "predictors", "postprocess", "select", "model"),
+    "inference": ("sliding", "ensemble", "cascade", "predictors", "postprocess", "select", "folders", "model"),
     "training": ("patches", "augment", "batches", "schedule", "trainer"),
     "board": ("summary", "effects", "render", "check"),
     "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "recheck"),
