@@ -21,6 +21,8 @@ app = typer.Typer(
 )
 postprocessing = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
+nnunet = typer.Typer(help="Trained models from nnU-Net v2 and to it.", no_args_is_help=True)
+app.add_typer(nnunet, name="nnunet")
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 INTERRUPTED = 75
@@ -238,7 +240,9 @@ def find(
     found = find_in_folders(reference, predictions, dataset_json, compatibility)
     for trial in found.trials:
         labels = ", ".join(map(str, trial.keep_largest))
-        typer.echo(f"largest component of {labels}: Dice {trial.before:.4f} -> {trial.after:.4f}, {'kept' if trial.accepted else 'not kept'}")
+        typer.echo(
+            f"largest component of {labels}: Dice {trial.before:.4f} -> {trial.after:.4f}, {'kept' if trial.accepted else 'not kept'}"
+        )
     found.save(rule)
     typer.echo(f"{len(found.steps)} steps from {found.cases} cases written to {rule}")
 
@@ -260,7 +264,9 @@ def apply(
 @app.command()
 def select(
     reference: Annotated[Path, typer.Argument(help="folder of reference masks, or an nnU-Net data set")],
-    models: Annotated[list[str], typer.Argument(metavar="NAME=DIR...", help="cross-validated masks, and <case>.npz probabilities for pairs")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME=DIR...", help="cross-validated masks, and <case>.npz probabilities for pairs")
+    ],
     out: Annotated[Path | None, typer.Option(help="write the choice here (JSON)")] = None,
     dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
     pairs: Annotated[bool, typer.Option(help="also try the mean probabilities of every two models")] = True,
@@ -276,6 +282,45 @@ def select(
         typer.echo(f"{' + '.join(names)}: mean Dice {dice:.4f}{'  <- best' if names == found.members else ''}")
     if out is not None:
         found.save(out)
+
+
+@nnunet.command("import")
+def nnunet_import(
+    folder: Annotated[Path, typer.Argument(help="nnU-Net's result folder, DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION")],
+    out: Annotated[Path, typer.Option(help="new model folder, for ichbench predict")],
+    checkpoint: Annotated[str, typer.Option(help="final or best")] = "final",
+    folds: Annotated[str | None, typer.Option(help="such as 0,1 or all (default: every numbered fold there is)")] = None,
+) -> None:
+    """Make a model folder of a trained nnU-Net (weights of one or more folds). Nothing from it is executed; hostile files are refused."""
+    from ichbench.inference.nnunet_import import import_nnunet
+
+    done = import_nnunet(folder, out, checkpoint, None if folds is None else [name.strip() for name in folds.split(",") if name.strip()])
+    typer.echo("\n".join([f"{done.trainer}, fold {', '.join(done.folds)}, mirror axes {list(done.mirror_axes)}", *done.plan.explain()]))
+    for note in done.notes:
+        typer.echo(f"warning: {note}")
+    typer.echo(f"\nwritten: {done.folder}; use it with: ichbench predict {done.folder} IMAGE --out MASK")
+
+
+@nnunet.command("export")
+def nnunet_export(
+    model: Annotated[Path, typer.Argument(help="a model folder, or RUN/ARM for all folds and seeds of an arm")],
+    out: Annotated[Path, typer.Option(help="folder for DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION, such as nnUNet_results")],
+    dataset: Annotated[str | None, typer.Option(help="name of the data set, such as Dataset501_PHE")] = None,
+    with_prepared: Annotated[
+        Path | None, typer.Option(help="images to write as the recipe's flags leave them, along with the model")
+    ] = None,
+) -> None:
+    """Write a result folder from which nnU-Net v2 predicts. Recipes with flags that nnU-Net does not know need --with-prepared."""
+    from ichbench.inference.nnunet_export import export_nnunet
+
+    done = export_nnunet(model, out, dataset, with_prepared)
+    for fold, source in done.folds.items():
+        typer.echo(f"fold_{fold}: {source}")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+    if done.images:
+        typer.echo(f"{len(done.images)} prepared images in {done.images[0].parent}")
+    typer.echo(f"\nwritten: {done.folder}; use it with: nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m {done.folder}")
 
 
 @app.command()

@@ -148,6 +148,15 @@ def read_rules(declared: object, regions_class_order: object = None, source: obj
     return LabelRules(tuple(foreground), tuple(foreground.values()), order, ignore)
 
 
+def declared(rules: LabelRules) -> dict[str, Any]:
+    """`labels` (and `regions_class_order`) as a `dataset.json` has them: `read_rules` of it gives the rules again."""
+    targets = [list(target) if isinstance(target, tuple) else target for target in rules.targets]
+    labels = {"background": 0, **dict(zip(rules.names, targets, strict=True))}
+    if rules.ignore is not None:
+        labels["ignore"] = rules.ignore
+    return {"labels": labels} | ({"regions_class_order": list(rules.regions_class_order)} if rules.has_regions else {})
+
+
 def _value(source: object, name: str, value: object) -> Target:
     if isinstance(value, int) and not isinstance(value, bool):
         return value

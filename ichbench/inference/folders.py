@@ -17,7 +17,9 @@ from ichbench.inference.select import Candidate, Selection, find_best
 from ichbench.scoring.layouts import case_id, files_by_case, find_pairs, references_in
 
 
-def find_in_folders(reference: Path, predictions: Path, dataset_json: Path | None = None, compatibility: str = "ichbench") -> Postprocessing:
+def find_in_folders(
+    reference: Path, predictions: Path, dataset_json: Path | None = None, compatibility: str = "ichbench"
+) -> Postprocessing:
     """The rule for a folder of cross-validated predictions; every reference needs its prediction, on its own grid."""
     pairing = find_pairs(reference, predictions, dataset_json)
     missing = [pair.case for pair in pairing.pairs if pair.prediction is None]
@@ -112,7 +114,9 @@ def _read_probabilities(path: Path) -> NDArray[np.floating]:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is not an archive with the array 'probabilities' ({error})") from None
     if table.ndim != 4 or table.dtype.kind != "f" or not np.isfinite(table).all():
-        raise InputError(f"{path}: 'probabilities' has shape {table.shape} and type {table.dtype}; needed are finite floats (heads, z, y, x)")
+        raise InputError(
+            f"{path}: 'probabilities' has shape {table.shape} and type {table.dtype}; needed are finite floats (heads, z, y, x)"
+        )
     return table
 
 

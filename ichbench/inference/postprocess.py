@@ -71,7 +71,9 @@ def read_postprocessing(path: Path) -> Postprocessing:
         if any(not step or min(step) < 1 for step in steps):
             raise ValueError("keep_largest must list labels above 0")
         trials = tuple(
-            Trial(tuple(item["keep_largest"]), *(np.nan if item[key] is None else item[key] for key in ("before", "after")), item["accepted"])
+            Trial(
+                tuple(item["keep_largest"]), *(np.nan if item[key] is None else item[key] for key in ("before", "after")), item["accepted"]
+            )
             for item in table["tried"]
         )
         return Postprocessing(steps, trials, int(table["cases"]))

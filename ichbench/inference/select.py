@@ -77,7 +77,9 @@ def find_best(
         raise InputError(f"a selection needs at least one case and models with names of their own, but has {len(cases)} cases and {names}")
     lacking = [candidate.name for candidate in candidates if candidate.probabilities is None]
     if pairs and lacking and len(candidates) > 1:
-        raise InputError(f"pairs of models are averaged by their probabilities, but {', '.join(lacking)} has none; give them or turn pairs off")
+        raise InputError(
+            f"pairs of models are averaged by their probabilities, but {', '.join(lacking)} has none; give them or turn pairs off"
+        )
 
     def combined(case: str, first: Candidate, second: Candidate) -> Labels:
         # both have probabilities: checked above

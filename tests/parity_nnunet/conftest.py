@@ -25,10 +25,14 @@ if HAVE_NNUNET:
     for name in ("raw", "preprocessed", "results"):
         (FOLDERS / name).mkdir()
         os.environ[f"nnUNet_{name}"] = str(FOLDERS / name)
+    # else it asks the shell for the host's name before every guess of memory
+    os.environ["nnUNet_n_proc_DA"] = "1"
 
 
 def pytest_report_header() -> str:
-    return f"nnunetv2 comparisons: ICHBENCH_PARITY_SEED={SEED}" if HAVE_NNUNET else "nnunetv2 is not installed: tests/parity_nnunet is skipped"
+    return (
+        f"nnunetv2 comparisons: ICHBENCH_PARITY_SEED={SEED}" if HAVE_NNUNET else "nnunetv2 is not installed: tests/parity_nnunet is skipped"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -194,7 +194,9 @@ def test_find_best_configuration(fresh_seed: int, nnunet_folders: Path, in_proce
     import nnunetv2.ensembling.ensemble as ensembling
     import nnunetv2.evaluation.find_best_configuration as theirs
 
-    monkeypatch.setattr(ensembling, "multiprocessing", __import__("nnunetv2.evaluation.evaluate_predictions", fromlist=["x"]).multiprocessing)
+    monkeypatch.setattr(
+        ensembling, "multiprocessing", __import__("nnunetv2.evaluation.evaluate_predictions", fromlist=["x"]).multiprocessing
+    )
     rng = np.random.default_rng([fresh_seed, 5])
     labels = {name: value for name, value in PLAIN.items() if name != "ignore"}
     rules = read_rules(labels)
@@ -228,7 +230,10 @@ def test_find_best_configuration(fresh_seed: int, nnunet_folders: Path, in_proce
     ]
     found = find_best(candidates, list(truth), truth.__getitem__, rules, True, "nnunet")
     assert list(said["all_results"].values()) == list(found.scores.values())
-    chosen = [f"{one['trainer']}__{one['plans_identifier']}__{one['configuration']}" for one in said["best_model_or_ensemble"]["selected_model_or_models"]]
+    chosen = [
+        f"{one['trainer']}__{one['plans_identifier']}__{one['configuration']}"
+        for one in said["best_model_or_ensemble"]["selected_model_or_models"]
+    ]
     assert tuple(chosen) == found.members
 
     def load(case: str) -> tuple[Any, Any]:

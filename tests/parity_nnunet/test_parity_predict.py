@@ -77,7 +77,11 @@ def test_tiles_and_weights(fresh_seed: int) -> None:
     for _ in range(300):
         patch, step = int(rng.integers(1, 200)), float(rng.choice([0.5, 0.25, 1.0, rng.uniform(0.05, 1)]))
         length = patch + int(rng.integers(0, 400))
-        assert list(tile_starts(length, patch, step)) == compute_steps_for_sliding_window((length,), (patch,), step)[0], (length, patch, step)
+        assert list(tile_starts(length, patch, step)) == compute_steps_for_sliding_window((length,), (patch,), step)[0], (
+            length,
+            patch,
+            step,
+        )
     for patch in [(128, 128, 128), (20, 320, 256), (40, 56, 40), (512, 512), (16, 16), (1, 7, 9), *_patches(rng)]:
         theirs = compute_gaussian(tuple(patch), 1 / 8, 10, device=torch.device("cpu"))
         assert torch.equal(half_weights(patch), theirs), patch
@@ -102,9 +106,7 @@ def test_logits_are_equal_bit_for_bit(dims: int, fresh_seed: int) -> None:
         plan = plan_for([drawn_case(rng, channels, (24, 24, 24), (1.0, 1.0, 1.0), heads)], heads, dims, patch)
         labels = {"background": 0} | {f"l{value}": value for value in range(1, heads)}
         weights = [network.state_dict() for network in networks]
-        predictor = make_predictor(
-            small_network(dims, channels, heads, 0), weights, plan, labels, None, step, gaussian, axes or None
-        )
+        predictor = make_predictor(small_network(dims, channels, heads, 0), weights, plan, labels, None, step, gaussian, axes or None)
         theirs = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image)).numpy()
         recipe = NNUNET.model_copy(update={"tile_step": step, "gaussian": gaussian, "mirror": axes})
         ours = fold_logits(networks, image, plan, recipe)
@@ -250,9 +252,7 @@ def test_real_head_ct(shared_data: Path, fresh_seed: int) -> None:
         np.testing.assert_array_equal(predict_unet(case, tools).labels_zyx, theirs, err_msg=name)
 
 
-def half_resolution(
-    network: Any, image: NDArray[np.float32], plan: Plan, logits: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def half_resolution(network: Any, image: NDArray[np.float32], plan: Plan, logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """By how much half-precision sums may move each logit (heads, z, y, x): half a step of every partial sum, over the weight.
 
     The steps are those of the largest partial sum that a voxel may have had: |logit| of its tiles times the weight so far.
