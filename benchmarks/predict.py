@@ -94,7 +94,7 @@ def compared(given: argparse.Namespace) -> Iterator[str]:
     parts = pieces(unlabelled, recipe, prepare, plan, network, given.device)
     yield ""
     yield f"Of our fp32 seconds: {', '.join(f'{name} {seconds:.2f}' for name, seconds in parts.items())}."
-    yield f"Mask: {int(masks['ichbench, fp32'].sum()):,} voxels; Dice to the reference {dice(masks['ichbench, fp32'], case.labels_zyx):.3f}."
+    yield f"Mask: {int(masks['ichbench, fp32'].sum()):,} voxels; Dice to the truth {dice(masks['ichbench, fp32'], case.labels_zyx):.3f}."
     yield (
         f"Plan: patch {plan.patch_size} at {plan.spacing} mm, features {plan.features}, {len(tiles(unlabelled, prepare, plan))} tiles, "
         + ("8 mirrorings." if given.mirror else "no mirroring.")
@@ -248,7 +248,7 @@ def memory(device: str) -> Iterator[str]:
     began = time.process_time()
     mask = predict_unet(case, Tools(InferenceRecipe(mirror=False), PrepareRecipe(), plan, (network,), device)).labels_zyx
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    yield f"512 x 512 x 400 CT, two classes, working grid at {plan.spacing} mm, features {plan.features}: largest resident set {peak:.2f} GB"
+    yield f"512 x 512 x 400 CT, two classes, working grid at {plan.spacing} mm, features {plan.features}: at most {peak:.2f} GB resident"
     yield f"(before the case was made: {before:.2f} GB; {time.process_time() - began:.0f} s; mask of {0 if mask is None else mask.shape})."
 
 

@@ -71,14 +71,16 @@ def read_postprocessing(path: Path) -> Postprocessing:
         if any(not step or min(step) < 1 for step in steps):
             raise ValueError("keep_largest must list labels above 0")
         trials = tuple(
-            Trial(
-                tuple(item["keep_largest"]), *(np.nan if item[key] is None else item[key] for key in ("before", "after")), item["accepted"]
-            )
+            Trial(tuple(item["keep_largest"]), _number(item["before"]), _number(item["after"]), bool(item["accepted"]))
             for item in table["tried"]
         )
         return Postprocessing(steps, trials, int(table["cases"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a rule of `ichbench postprocess find` ({error}); nnU-Net's .pkl files are not read") from None
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
 
 
 def keep_largest(labels_zyx: Labels, labels: Iterable[int]) -> Labels:

@@ -107,7 +107,7 @@ def plain_unet(dims: int, channels: int, heads: int, strides: Sequence[Sequence[
 
 
 def train_briefly(network: nn.Module, image: NDArray[np.float32], labels: NDArray[np.integer], steps: int, rate: float = 0.004) -> None:
-    """Dice and cross-entropy with Adam on patches (n, c, *spatial) and their labels (n, *spatial), two samples a step: enough to segment something."""
+    """Dice and cross-entropy with Adam on patches (n, c, *spatial) and their labels (n, *spatial), two samples a step."""
     network.train()
     optimizer = torch.optim.Adam(network.parameters(), rate)
     images, targets = torch.from_numpy(image), torch.from_numpy(np.maximum(labels, 0)).long()

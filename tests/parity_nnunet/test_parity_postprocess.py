@@ -13,12 +13,12 @@ from scipy import ndimage
 
 pytest.importorskip("nnunetv2")
 
-from ichbench.cases.case import Grid  # noqa: E402
-from ichbench.cases.images import read_labels, write_labels  # noqa: E402
-from ichbench.cases.labels import LabelRules, read_rules  # noqa: E402
-from ichbench.inference.ensemble import mean_probabilities  # noqa: E402
-from ichbench.inference.postprocess import dice_counts, find_postprocessing, foreground_mean, keep_largest, mean_dice  # noqa: E402
-from ichbench.inference.select import Candidate, find_best  # noqa: E402
+from ichbench.cases.case import Grid
+from ichbench.cases.images import read_labels, write_labels
+from ichbench.cases.labels import LabelRules, read_rules
+from ichbench.inference.ensemble import mean_probabilities
+from ichbench.inference.postprocess import dice_counts, find_postprocessing, foreground_mean, keep_largest, mean_dice
+from ichbench.inference.select import Candidate, find_best
 
 PLAIN: dict[str, Any] = {"background": 0, "a": 1, "b": 2, "c": 3, "ignore": 4}
 REGIONS: dict[str, Any] = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}

@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 pytest.importorskip("nnunetv2")
 
-from nn_predictor import make_predictor, plain_unet, small_network, their_labels, train_briefly  # noqa: E402
+from nn_predictor import make_predictor, plain_unet, small_network, their_labels, train_briefly
 
-from ichbench.cases.case import Case, Grid  # noqa: E402
-from ichbench.cases.cohort import Cohort, read_cohort  # noqa: E402
-from ichbench.cases.labels import LabelRules, read_rules  # noqa: E402
-from ichbench.inference.ensemble import fold_logits, native_labels, native_probabilities  # noqa: E402
-from ichbench.inference.predictors import Tools, predict_ensemble, predict_probabilities, predict_unet  # noqa: E402
-from ichbench.inference.sliding import half_weights, predict_logits, tile_starts  # noqa: E402
-from ichbench.prepare.fingerprint import fingerprint  # noqa: E402
-from ichbench.prepare.pipeline import Geometry, prepare_case  # noqa: E402
-from ichbench.prepare.plan import Plan, make_plan  # noqa: E402
-from ichbench.recipe import InferenceRecipe, PlanRecipe, PrepareRecipe  # noqa: E402
+from ichbench.cases.case import Case, Grid
+from ichbench.cases.cohort import Cohort, read_cohort
+from ichbench.cases.labels import LabelRules, read_rules
+from ichbench.inference.ensemble import fold_logits, native_labels, native_probabilities
+from ichbench.inference.predictors import Tools, predict_ensemble, predict_probabilities, predict_unet
+from ichbench.inference.sliding import half_weights, predict_logits, tile_starts
+from ichbench.prepare.fingerprint import fingerprint
+from ichbench.prepare.pipeline import Geometry, prepare_case
+from ichbench.prepare.plan import Plan, make_plan
+from ichbench.recipe import InferenceRecipe, PlanRecipe, PrepareRecipe
 
 torch.set_num_threads(1)
 NNUNET = InferenceRecipe(compatibility="nnunet")
@@ -219,7 +219,7 @@ def dice(a: NDArray[np.integer], b: NDArray[np.integer]) -> float:
 
 
 def test_real_cases_with_a_trained_network(hippocampus: tuple[Cohort, Plan, Any, tuple[str, ...]]) -> None:
-    """Held-out Dice of the whole hippocampus above 0.5, masks equal voxel for voxel, on the working grid as it is and on a finer and a coarser one."""
+    """Held-out Dice of the whole hippocampus above 0.5, masks equal voxel for voxel, also on other working grids."""
     cohort, plan, network, names = hippocampus
     rules = cohort.rules
     for name, spacing in zip(names, (plan.spacing, plan.spacing, (0.8, 1.1, 0.9), (1.3, 0.9, 1.2)), strict=True):
