@@ -19,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+postprocessing = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
 nnunet = typer.Typer(help="Trained models from nnU-Net v2 and to it.", no_args_is_help=True)
 app.add_typer(nnunet, name="nnunet")
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -112,10 +114,10 @@ def _print_finished(finished: Any) -> None:
         typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in finished.written))
 
 
-def _named_folder(text: str) -> tuple[str, Path]:
+def _named_folder(text: str, what: str = "--predictions") -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
     if not equals or not name or not folder:
-        raise InputError(f"--predictions {text!r} is not understood; give NAME=DIR, such as --predictions theirs=masks/")
+        raise InputError(f"{what} {text!r} is not understood; give NAME=DIR, such as {what} theirs=masks/")
     return name, Path(folder)
 
 
@@ -218,6 +220,68 @@ def predict(
 
     for done in predict_path(load_model(model, resolve_device(device)), image, out):
         typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
+
+
+@postprocessing.command()
+def find(
+    reference: Annotated[Path, typer.Argument(help="folder of reference masks, or an nnU-Net data set")],
+    predictions: Annotated[Path, typer.Argument(help="cross-validated masks of the same cases")],
+    rule: Annotated[Path, typer.Option(help="write the rule here (JSON)")],
+    dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
+    compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows stops the union, as in nnU-Net")] = "ichbench",
+) -> None:
+    """Find out where keeping only the largest component raises the Dice."""
+    from ichbench.inference.folders import find_in_folders
+
+    if compatibility not in ("ichbench", "nnunet"):
+        raise InputError(f"--compatibility {compatibility!r} is not known; give ichbench or nnunet")
+    if rule.exists():
+        raise InputError(f"--rule {rule} exists already; give a new file, nothing is overwritten")
+    found = find_in_folders(reference, predictions, dataset_json, compatibility)
+    for trial in found.trials:
+        labels = ", ".join(map(str, trial.keep_largest))
+        typer.echo(
+            f"largest component of {labels}: Dice {trial.before:.4f} -> {trial.after:.4f}, {'kept' if trial.accepted else 'not kept'}"
+        )
+    found.save(rule)
+    typer.echo(f"{len(found.steps)} steps from {found.cases} cases written to {rule}")
+
+
+@postprocessing.command()
+def apply(
+    predictions: Annotated[Path, typer.Argument(help="one mask, or a folder of them")],
+    rule: Annotated[Path, typer.Option(help="what `ichbench postprocess find` wrote")],
+    out: Annotated[Path, typer.Option(help="new folder for the masks")],
+) -> None:
+    """Apply a rule to masks; prints how many voxels each lost."""
+    from ichbench.inference.folders import apply_to_folder
+    from ichbench.inference.postprocess import read_postprocessing
+
+    for path, removed in apply_to_folder(read_postprocessing(rule), predictions, out):
+        typer.echo(f"{path}: {removed} voxels removed")
+
+
+@app.command()
+def select(
+    reference: Annotated[Path, typer.Argument(help="folder of reference masks, or an nnU-Net data set")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME=DIR...", help="cross-validated masks, and <case>.npz probabilities for pairs")
+    ],
+    out: Annotated[Path | None, typer.Option(help="write the choice here (JSON)")] = None,
+    dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
+    pairs: Annotated[bool, typer.Option(help="also try the mean probabilities of every two models")] = True,
+) -> None:
+    """Choose the best model, or the best two together, by the mean Dice of their cross-validated masks."""
+    from ichbench.inference.folders import select_folders
+
+    folders = dict(_named_folder(text, "model") for text in models)
+    if out is not None and out.exists():
+        raise InputError(f"--out {out} exists already; give a new file, nothing is overwritten")
+    found = select_folders(reference, folders, dataset_json, pairs)
+    for names, dice in found.scores.items():
+        typer.echo(f"{' + '.join(names)}: mean Dice {dice:.4f}{'  <- best' if names == found.members else ''}")
+    if out is not None:
+        found.save(out)
 
 
 @nnunet.command("import")

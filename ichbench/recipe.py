@@ -222,6 +222,26 @@ class Recipe(Strict):
     training: TrainingRecipe = TrainingRecipe()
     inference: InferenceRecipe = InferenceRecipe()
 
+    @model_validator(mode="after")
+    def _one_switch(self) -> Recipe:
+        """`compatibility` is one switch with a field in two stages: set once it holds for both."""
+        said = {
+            name: part
+            for name, part in (("prepare", self.prepare), ("inference", self.inference))
+            if "compatibility" in part.model_fields_set
+        }
+        values = {part.compatibility for part in said.values()}
+        if len(values) == 2:
+            raise ValueError(
+                f"prepare.compatibility = {self.prepare.compatibility!r}, but inference.compatibility = {self.inference.compatibility!r}; "
+                "set one, or both alike"
+            )
+        for name, part in (("prepare", self.prepare), ("inference", self.inference)) if values else ():
+            if name not in said:
+                # the model is frozen for its users; here it is still being made
+                object.__setattr__(self, name, part.model_copy(update={"compatibility": next(iter(values))}))
+        return self
+
     @field_validator("plan", mode="after")
     @classmethod
     def _axes(cls, plan: PlanRecipe) -> PlanRecipe:
@@ -330,6 +350,8 @@ def _explain(error: ValidationError, source: str) -> str:
     # with a union ("off" or a table) pydantic reports every branch; the deepest path is the branch the user meant
     first = max(problems, key=lambda problem: (len(problem["loc"]), problem["type"] == "extra_forbidden"))
     where = [str(part) for part in first["loc"]]
+    if not where:
+        return f"{source}: {first['msg'].removeprefix('Value error, ')}"
     fields = _fields_at(where[:-1])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where[-1], fields, n=1)

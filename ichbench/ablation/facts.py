@@ -98,6 +98,9 @@ def write_run(out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, fin
             prepare = dag.steps[result.train_step].inputs["prepare"]
             for file in ("plan.json", "fingerprint.json"):
                 shutil.copyfile(output_of(root / prepare) / file, out / "models" / name / file)
+            if dag.steps[result.predict_step].kind == "postprocess":
+                rule = output_of(root / result.predict_step) / "postprocessing.json"
+                shutil.copyfile(rule, out / "models" / name / rule.name)
             write_atomically(out / "models" / name / "model.json", model_json(study.arm(result.arm), cohort).encode())
     seconds = {step.label: (result_of(root / step_id) or {}).get("seconds") for step_id, step in dag.steps.items()}
     table = about | environment() | {"notes": run_notes(dag, root, finished), "seconds": seconds, "cohort_digest": cohort.digest()}

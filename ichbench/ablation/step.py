@@ -246,6 +246,31 @@ def _predict(task: Task) -> dict[str, Any]:
     return extra | {"seconds_per_case": seconds}
 
 
+def _postprocess(task: Task) -> dict[str, Any]:
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.cases.images import read_labels, write_labels
+    from ichbench.inference.postprocess import Labels, find_postprocessing
+
+    cohort = read_cohort(Path(task.where["cohort"]))
+    _check_digests(cohort, task.spec["cases"] | task.spec["known"])
+    held_out = {name: task.inputs[fold] for fold, names in task.spec["folds"].items() for name in names}
+
+    def load(name: str) -> tuple[Labels, Labels]:
+        # in file order, as for scores
+        reference = cohort.load(name, keep_file_order=True).labels_zyx
+        if reference is None:
+            raise InputError(f"case {name} of cohort {cohort.name} has no reference mask to find a post-processing on")
+        return reference, read_labels(held_out[name] / f"{name}.nii.gz", keep_file_order=True)[0]
+
+    rules = cohort.rules
+    found = find_postprocessing(list(held_out), load, rules.targets, rules.ignore, task.spec["compatibility"])
+    found.save(task.out / "postprocessing.json")
+    for name in task.spec["cases"]:
+        labels, grid = read_labels(task.inputs["predict"] / f"{name}.nii.gz")
+        write_labels(task.out / f"{name}.nii.gz", found.apply(labels).astype(labels.dtype), grid)
+    return {"postprocessing": [list(step) for step in found.steps]}
+
+
 def _score(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
     from ichbench.cases.images import read_labels
@@ -270,7 +295,13 @@ def _score(task: Task) -> dict[str, Any]:
     return {}
 
 
-STAGES: dict[str, Callable[[Task], dict[str, Any]]] = {"prepare": _prepare, "train": _train, "predict": _predict, "score": _score}
+STAGES: dict[str, Callable[[Task], dict[str, Any]]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "predict": _predict,
+    "postprocess": _postprocess,
+    "score": _score,
+}
 
 
 @contextlib.contextmanager

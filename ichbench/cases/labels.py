@@ -19,8 +19,8 @@ from ichbench.errors import InputError
 #: a label, or the labels of a region in the order they were declared
 Target = int | tuple[int, ...]
 
-#: the largest logit (a multiple of fp16's smallest step) whose sigmoid is still 0.5 in float32
-ZERO_LOGIT = 2.0**-23
+#: the largest half-precision logit whose sigmoid, computed in float32, is not above 0.5: fp16's smallest number
+ZERO_LOGIT = 2.0**-24
 
 
 @dataclass(frozen=True)

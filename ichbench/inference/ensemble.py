@@ -76,7 +76,8 @@ def mean_probabilities(parts: Iterable[NDArray[np.floating]]) -> NDArray[np.floa
     """Mean (float32, summed in the order given) of several models' probabilities (heads, *spatial) of one case."""
     total: NDArray[np.float32] | None = None
     count = 0
-    for count, part in enumerate(parts, start=1):
+    for part in parts:
+        count += 1
         if total is None:
             total = np.array(part, dtype=np.float32)
             continue

@@ -20,6 +20,7 @@ from ichbench.cases.case import Case
 from ichbench.cases.images import read_image, reorient, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import InputError
+from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights
@@ -102,7 +103,11 @@ def load_model(folder: Path, device: str = "cpu") -> Model:
         network = make_unet(found.plan, found.recipe.network)
         load_weights(network, path)
         networks.append(network.to(device).eval())
-    tools = Tools(found.recipe.inference, found.recipe.prepare, found.plan, tuple(networks), device, rules=found.rules)
+    rule = folder / "postprocessing.json"
+    postprocessing = read_postprocessing(rule) if found.recipe.inference.postprocess != "off" else None
+    tools = Tools(
+        found.recipe.inference, found.recipe.prepare, found.plan, tuple(networks), device, rules=found.rules, postprocessing=postprocessing
+    )
     return Model(tools, found.axes_zyx, found.channel_names)
 
 

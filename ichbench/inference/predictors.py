@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ichbench.cases.case import Case
 from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.errors import InputError
+from ichbench.inference.postprocess import Postprocessing
 from ichbench.prepare.pipeline import Prepared, prepare_case, restore_labels
 from ichbench.prepare.plan import Plan
 from ichbench.recipe import InferenceRecipe, PrepareRecipe, ThresholdRecipe
@@ -39,6 +40,8 @@ class Tools:
     predictions: Path | None = None
     #: what the networks' outputs mean; None: plain labels, one per output
     rules: LabelRules | None = None
+    #: what `predict_unet` does to its masks at the end
+    postprocessing: Postprocessing | None = None
     #: a cascade's second stage: the first stage's labels of a case on its native grid
     previous: Callable[[Case], NDArray[np.int16]] | None = None
 
@@ -57,7 +60,8 @@ def predict_unet(case: Case, tools: Tools) -> Prediction:
     from ichbench.inference.ensemble import native_labels
 
     logits, prepared, rules = _logits(case, tools)
-    return Prediction(native_labels(logits, prepared.geometry, rules), prepared.notes)
+    labels = native_labels(logits, prepared.geometry, rules)
+    return Prediction(labels if tools.postprocessing is None else tools.postprocessing.apply(labels).astype(np.int16), prepared.notes)
 
 
 def predict_probabilities(case: Case, tools: Tools) -> NDArray[np.float32]:
