@@ -246,7 +246,7 @@ def memory(device: str) -> Iterator[str]:
     plan = replace(make_plan(fingerprint(iter([small])), recipe, ("CT",), 2, 1), patch_size=(64, 128, 128))
     network = make_unet(plan, NetworkRecipe())
     began = time.process_time()
-    mask = predict_unet(case, Tools(InferenceRecipe(mirror=False), PrepareRecipe(), plan, (network,), device)).labels_zyx
+    mask = predict_unet(case, Tools(InferenceRecipe(mirror=False, tile_step=1.0), PrepareRecipe(), plan, (network,), device)).labels_zyx
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     yield f"512 x 512 x 400 CT, two classes, working grid at {plan.spacing} mm, features {plan.features}: at most {peak:.2f} GB resident"
     yield f"(before the case was made: {before:.2f} GB; {time.process_time() - began:.0f} s; mask of {0 if mask is None else mask.shape})."
