@@ -63,8 +63,8 @@ def clamping(cohort: Cohort, patch: tuple[int, int, int]) -> str:
             beyond.append(theirs < ours)
             avoidable.append(ours - theirs)
     return (
-        f"{cohort.name}, patch {patch}: {np.mean(beyond):.0%} of {len(beyond)} patches about a foreground voxel hang out where they need not; "
-        f"{np.mean(avoidable):.1%} of their voxels are padding for that reason"
+        f"{cohort.name}, patch {patch}: {np.mean(beyond):.0%} of {len(beyond)} patches about a foreground voxel hang out where they "
+        f"need not; {np.mean(avoidable):.1%} of all their voxels are padding for that reason"
     )
 
 
@@ -77,7 +77,8 @@ def groups() -> str:
         folds = five_folds(ids, known)
         shared = [len({patients[name] for name in fold["train"]} & {patients[name] for name in fold["val"]}) for fold in folds]
         counts[what] = np.mean(shared)
-    return f"40 scans of 20 patients: {counts['nnU-Net']:.1f} patients of a fold lie on both sides by nnU-Net's rule, {counts['ours']:.1f} by ours"
+    said = f"{counts['nnU-Net']:.1f} patients of a fold lie on both sides by nnU-Net's rule, {counts['ours']:.1f} by ours"
+    return f"40 scans of 20 patients: {said}"
 
 
 def half_precision(model: Path) -> Iterator[str]:
