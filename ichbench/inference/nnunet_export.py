@@ -259,6 +259,10 @@ def _notes(model: ModelFolder) -> list[str]:
         notes.append("this model uses its best checkpoint: predict with -chk checkpoint_best.pth")
     if inference.tile_step != 0.5:
         notes.append(f"tiles overlap otherwise than by nnU-Net's default: predict with -step_size {inference.tile_step}")
+    if inference.postprocess != "off":
+        notes.append(
+            "post-processing is not part of a result folder (nnU-Net keeps it as pickled functions): apply it with nnU-Net, or here"
+        )
     if not inference.gaussian:
         notes.append("tiles are averaged without a Gaussian, which nnU-Net's command cannot switch off: masks will differ a little")
     return notes
