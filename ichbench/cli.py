@@ -290,11 +290,13 @@ def nnunet_import(
     out: Annotated[Path, typer.Option(help="new model folder, for ichbench predict")],
     checkpoint: Annotated[str, typer.Option(help="final or best")] = "final",
     folds: Annotated[str | None, typer.Option(help="such as 0,1 or all (default: every numbered fold there is)")] = None,
+    previous: Annotated[Path | None, typer.Option(help="first stage of a cascade (default: the folder beside it)")] = None,
 ) -> None:
     """Make a model folder of a trained nnU-Net (weights of one or more folds). Nothing from it is executed; hostile files are refused."""
     from ichbench.inference.nnunet_import import import_nnunet
 
-    done = import_nnunet(folder, out, checkpoint, None if folds is None else [name.strip() for name in folds.split(",") if name.strip()])
+    chosen = None if folds is None else [name.strip() for name in folds.split(",") if name.strip()]
+    done = import_nnunet(folder, out, checkpoint, chosen, previous)
     typer.echo("\n".join([f"{done.trainer}, fold {', '.join(done.folds)}, mirror axes {list(done.mirror_axes)}", *done.plan.explain()]))
     for note in done.notes:
         typer.echo(f"warning: {note}")

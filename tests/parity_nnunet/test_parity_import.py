@@ -170,6 +170,45 @@ def test_an_imported_model_predicts_from_channel_files(trained: dict[str, Path],
     assert set(np.unique(read_labels(done.path)[0])) <= {0, 1, 2}
 
 
+def test_both_stages_of_a_cascade(trained: dict[str, Path], raw: Path, nnunet_folders: Path, tmp_path: Path) -> None:
+    """Two checkpoints that nnU-Net wrote (of networks as they start): its masks after both stages are ours, on a case with two channels."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    table = json.loads((nnunet_folders / "preprocessed" / NAME / "nnUNetPlans.json").read_text())
+    full = table["configurations"]["3d_fullres"]
+    low = full | {"spacing": [1.5 * value for value in full["spacing"]], "next_stage": "3d_cascade_fullres"}
+    table["configurations"] |= {
+        "3d_lowres": low,
+        "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
+    }
+    folders = []
+    for configuration in ("3d_lowres", "3d_cascade_fullres"):
+        plans = json.loads(json.dumps(table)) | {"continue_training": False}
+        trainer = nnUNetTrainer(plans, configuration, 0, json.loads((raw / "dataset.json").read_text()), torch.device("cpu"))
+        trainer.initialize()
+        folder = tmp_path / f"nnUNetTrainer__nnUNetPlans__{configuration}"
+        (folder / "fold_0").mkdir(parents=True)
+        trainer.save_checkpoint(str(folder / "fold_0/checkpoint_final.pth"))
+        (folder / "plans.json").write_text(json.dumps(table))
+        (folder / "dataset.json").write_text((raw / "dataset.json").read_text())
+        folders.append(folder)
+    files = [[str(raw / f"imagesTr/c1_{channel:04d}.nii.gz") for channel in range(2)]]
+    masks = [tmp_path / "low", tmp_path / "full", tmp_path / "other"]
+    for out in masks:
+        out.mkdir()
+    for folder, out, before in zip(folders, masks, (None, str(masks[0])), strict=False):
+        predictor_of(folder, (0,)).predict_from_files_sequential(files, str(out), folder_with_segs_from_prev_stage=before)
+    imported = import_nnunet(folders[1], tmp_path / "model").folder
+    (done,) = predict_path(load_model(imported), raw / "imagesTr/c1_0000.nii.gz", tmp_path / "ours")
+    ours, theirs = read_labels(done.path)[0], read_labels(masks[1] / "c1.nii.gz")[0]
+    assert len(np.unique(theirs)) > 1
+    # the first stage's masks matter to the second
+    first = Path(files[0][0]).parent.parent / "labelsTr"
+    predictor_of(folders[1], (0,)).predict_from_files_sequential(files, str(masks[2]), folder_with_segs_from_prev_stage=str(first))
+    assert (read_labels(masks[2] / "c1.nii.gz")[0] != theirs).any()
+    assert float((ours != theirs).mean()) <= 1e-4
+
+
 @pytest.mark.parametrize("family", ["plain", "residual"])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_model_of_ours_predicts_in_nnunet(tmp_path: Path, fresh_seed: int, family: str, dims: int) -> None:
