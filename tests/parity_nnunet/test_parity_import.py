@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -116,19 +117,18 @@ def predictor_of(folder: Path, folds: tuple[Any, ...], checkpoint: str = "checkp
     return predictor
 
 
-def same_logits(predictor: Any, model: Path, seed: int) -> float:
-    """The largest difference of logits over all folds, on a random patch."""
+def check_logits(predictor: Any, model: Path, seed: int) -> None:
+    """Equal logits of every fold on a random patch: within 1e-4, or thrice what nnU-Net's own fp32 is off its float64."""
     networks, plan = load_model(model).tools.networks, read_model(model).plan
     assert len(networks) == len(predictor.list_of_parameters)
     x = torch.randn((2, plan.in_channels, *plan.patch_size), generator=torch.Generator().manual_seed(seed))
-    worst = 0.0
     for ours, parameters in zip(networks, predictor.list_of_parameters, strict=True):
         predictor.network.load_state_dict(parameters)
         with torch.no_grad():
             theirs = predictor.network.eval()(x)
-            worst = max(worst, float((ours(x) - theirs).abs().max()))
+            rounding = float((copy.deepcopy(predictor.network).double()(x.double()) - theirs).abs().max())
+            assert float((ours(x) - theirs).abs().max()) <= max(TOLERANCE, 3 * rounding)
         assert float(theirs.std()) > 1e-3
-    return worst
 
 
 KINDS = {"nnUNetPlans 3d_fullres": (0, 1), "nnUNetResEncUNetMPlans 3d_fullres": (2,), "nnUNetPlans 2d": ("all",)}
@@ -141,13 +141,13 @@ def test_there_and_back(trained: dict[str, Path], tmp_path: Path, fresh_seed: in
     theirs = predictor_of(folder, folds)
     imported = import_nnunet(folder, tmp_path / "model")
     assert imported.folds == tuple(map(str, folds))
-    assert same_logits(theirs, imported.folder, fresh_seed) <= TOLERANCE
+    check_logits(theirs, imported.folder, fresh_seed)
     assert imported.mirror_axes == tuple(theirs.allowed_mirroring_axes)
     found = read_model(imported.folder)
     assert (found.channel_names, found.rules.regions_class_order) == (("CT", "T2"), (1, 2))
     exported = export_nnunet(imported.folder, tmp_path / "out", "Dataset742_Back").folder
     again = predictor_of(exported, folds)
-    assert same_logits(again, imported.folder, fresh_seed + 1) <= TOLERANCE
+    check_logits(again, imported.folder, fresh_seed + 1)
     assert again.allowed_mirroring_axes == theirs.allowed_mirroring_axes
     assert again.configuration_manager.configuration == theirs.configuration_manager.configuration
     assert again.trainer_name == theirs.trainer_name
@@ -159,7 +159,7 @@ def test_there_and_back(trained: dict[str, Path], tmp_path: Path, fresh_seed: in
 def test_the_best_checkpoint(trained: dict[str, Path], tmp_path: Path, fresh_seed: int) -> None:
     folder = trained["nnUNetPlans 3d_fullres"]
     imported = import_nnunet(folder, tmp_path / "model", "best", ["1"])
-    assert same_logits(predictor_of(folder, (1,), "checkpoint_best.pth"), imported.folder, fresh_seed) <= TOLERANCE
+    check_logits(predictor_of(folder, (1,), "checkpoint_best.pth"), imported.folder, fresh_seed)
 
 
 def test_an_imported_model_predicts_from_channel_files(trained: dict[str, Path], raw: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_model_of_ours_predicts_in_nnunet(tmp_path: Path, fresh_seed: int, fam
         write_model(tmp_path / name, plan, labels=REGIONS, order=[1, 2], overlay=overlay, seed=(fresh_seed + fold) % 2**31)
     folder = export_nnunet(tmp_path / "run/base", tmp_path / "out").folder
     for fold in range(2):
-        assert same_logits(predictor_of(folder, (fold,)), tmp_path / f"run/models/base-fold{fold}-seed0", fresh_seed) <= TOLERANCE
+        check_logits(predictor_of(folder, (fold,)), tmp_path / f"run/models/base-fold{fold}-seed0", fresh_seed)
     predictor = predictor_of(folder, (0, 1))
     assert predictor.allowed_mirroring_axes == (0,)
     assert predictor.label_manager.num_segmentation_heads == 2
