@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from golden.nnunet_plans import COHORTS
 
@@ -131,7 +132,8 @@ REFUSED = [
     ({"arch_kwargs__n_stages": 5}, "does not read as a plan"),
     ({"arch_kwargs__n_conv_per_stage": [2, 2]}, "6 numbers are needed"),
     ({"spacing": [1.0, 2.0]}, "has 3 axes, but spacing"),
-    ({"batch_size": 0}, "must all be above 0"),
+    ({"batch_size": 0}, "whole numbers from 1 are needed, not [0]"),
+    ({"spacing": [1.0, -2.0, 1.0]}, "positive numbers are needed"),
     ({"use_mask_for_norm": [False, False], "normalization_schemes": ["CTNormalization"] * 2}, "but dataset.json names 1"),
 ]
 
@@ -142,6 +144,7 @@ def test_what_cannot_be_built_here_is_refused_with_one_message(values: dict[str,
         plan_of(changed(**values), "3d_fullres", DATASET, "some/plans.json")
     assert message in str(caught.value)
     assert str(caught.value).startswith("some/plans.json, configuration '3d_fullres': ")
+    assert str(caught.value).count("some/plans.json") == 1
     # the others are read all the same
     assert plan_of(changed(**values), "2d", DATASET).dims == 2
 
@@ -177,3 +180,39 @@ def test_labels_and_outputs() -> None:
     assert count_labels({"background": 0, "whole": [1, 2], "core": 2}) == (3, 2)
     assert count_labels({"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}) == (4, 2)
     assert count_labels({"background": 0, "a": [1], "b": [2]}) == (3, 3)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, one in inner for place in places(one, (*path, key)))]
+
+
+def test_whatever_a_file_says_it_is_a_plan_or_one_message() -> None:
+    """A thousand damaged files: a value anywhere replaced, or removed, never ends in anything but a plan or an `InputError`."""
+    rng = np.random.default_rng(11)
+    values = [None, -1, 0, 2, 1e9, 0.5, float("nan"), float("inf"), "", "x", [], [1], [1, 2, 3], [[1]], {}, {"a": 1}, True, [None], ["a"]]
+    good = table("resenc_m") | {"dataset": DATASET}
+    everywhere = [path for path in places(good) if path]
+    outcomes = {"plan": 0, "refused": 0}
+    for _ in range(1000):
+        damaged = copy.deepcopy(good)
+        for _ in range(int(rng.integers(1, 3))):
+            inner, path = damaged, everywhere[rng.integers(len(everywhere))]
+            try:
+                for key in path[:-1]:
+                    inner = inner[key]
+                if rng.random() < 0.2:
+                    del inner[path[-1]]
+                else:
+                    inner[path[-1]] = copy.deepcopy(values[rng.integers(len(values))])
+            except (KeyError, IndexError, TypeError):
+                continue  # an earlier damage took the place away
+        dataset = damaged.pop("dataset", DATASET)
+        for name in ("3d_cascade_fullres", "2d"):
+            try:
+                assert isinstance(plan_of(damaged, name, dataset), Plan)
+                outcomes["plan"] += 1
+            except InputError:
+                outcomes["refused"] += 1
+    assert min(outcomes.values()) > 100
