@@ -116,7 +116,7 @@ def test_drawn_data_sets(nnunet_folders: Path, fresh_seed: int, monkeypatch: pyt
         assert ours(nnunet_folders, name, monkeypatch, n_samples) == theirs(nnunet_folders, name, n_samples), (number, n_samples)
 
 
-@pytest.mark.parametrize(("name", "n_cases"), [("Dataset501_PHE", 4), ("Dataset004_Hippocampus", 12)])
+@pytest.mark.parametrize(("name", "n_cases"), [("Dataset501_PHE", 3), ("Dataset004_Hippocampus", 8)])
 def test_real_cases_with_all_samples(
     nnunet_folders: Path, shared_data: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, n_cases: int
 ) -> None:
