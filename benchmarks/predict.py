@@ -17,6 +17,7 @@ import argparse
 import os
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,7 +45,7 @@ LABELS = {"background": 0, "ich": 1}
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--features", type=int, default=8, help="of the highest level; nnU-Net plans 32")
+    arguments.add_argument("--features", default="8", help="of the highest level, one table each, such as 8,32; nnU-Net plans 32")
     arguments.add_argument("--patch", default="16,128,128")
     arguments.add_argument("--spacing", default="5,0.9,0.9", help="working spacing, mm")
     arguments.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True)
@@ -56,18 +57,22 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, help="write the table here as well")
     given = arguments.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    text = "\n".join(memory(given.device) if given.memory else compared(given))
+    parts = [memory(given.device)] if given.memory else [compared(given, int(features)) for features in given.features.split(",")]
+    text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     if given.out:
+        # a process of its own, because the largest resident set is that of a whole life
+        command = [sys.executable, __file__, "--memory", "--device", given.device]
+        text += "\n\n" + subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(f"# Prediction of one head CT, from HU to mask\n\n{text}\n", encoding="utf-8")
 
 
-def compared(given: argparse.Namespace) -> Iterator[str]:
+def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
     case = head_ct()
     patch = tuple(int(n) for n in given.patch.split(","))
     spacing = tuple(float(n) for n in given.spacing.split(","))
-    plan_recipe = PlanRecipe(patch_size=patch, spacing_mm=spacing, base_features=given.features)
+    plan_recipe = PlanRecipe(patch_size=patch, spacing_mm=spacing, base_features=features)
     plan = make_plan(fingerprint(iter([case])), plan_recipe, ("CT",), 2, 1)
     prepare = PrepareRecipe(compatibility="nnunet")
     network = make_unet(plan, NetworkRecipe())
@@ -246,7 +251,7 @@ def memory(device: str) -> Iterator[str]:
     plan = replace(make_plan(fingerprint(iter([small])), recipe, ("CT",), 2, 1), patch_size=(64, 128, 128))
     network = make_unet(plan, NetworkRecipe())
     began = time.process_time()
-    mask = predict_unet(case, Tools(InferenceRecipe(mirror=False), PrepareRecipe(), plan, (network,), device)).labels_zyx
+    mask = predict_unet(case, Tools(InferenceRecipe(mirror=False, tile_step=1.0), PrepareRecipe(), plan, (network,), device)).labels_zyx
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     yield f"512 x 512 x 400 CT, two classes, working grid at {plan.spacing} mm, features {plan.features}: at most {peak:.2f} GB resident"
     yield f"(before the case was made: {before:.2f} GB; {time.process_time() - began:.0f} s; mask of {0 if mask is None else mask.shape})."

@@ -213,12 +213,13 @@ def predict(
     image: Annotated[Path, typer.Argument(help="one head CT (.nii.gz), or a folder of them")],
     out: Annotated[Path, typer.Option(help="mask file, or folder when the input is a folder")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="also write <case>.npz, for ichbench select")] = False,
 ) -> None:
     """Segment a head CT with a trained model; prints the volume in ml."""
     from ichbench.ablation.settings import resolve_device
     from ichbench.inference.model import load_model, predict_path
 
-    for done in predict_path(load_model(model, resolve_device(device)), image, out):
+    for done in predict_path(load_model(model, resolve_device(device)), image, out, probabilities):
         typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
 
 

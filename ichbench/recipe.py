@@ -174,6 +174,8 @@ class TrainingRecipe(Strict):
     #: where a forced foreground voxel lies in its patch; nnU-Net puts it in the centre, and a short training then learns to find
     #: foreground in the middle of every tile
     foreground_position: Literal["centre", "anywhere"] = "centre"
+    #: nnunet: a patch about a foreground voxel near the far border hangs out of the image
+    compatibility: Literal["ichbench", "nnunet"] = "ichbench"
     #: weight of the old value in the moving average of the pseudo-Dice
     moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.9
     early_stopping: Off | EarlyStopping = "off"
@@ -224,22 +226,15 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _one_switch(self) -> Recipe:
-        """`compatibility` is one switch with a field in two stages: set once it holds for both."""
-        said = {
-            name: part
-            for name, part in (("prepare", self.prepare), ("inference", self.inference))
-            if "compatibility" in part.model_fields_set
-        }
-        values = {part.compatibility for part in said.values()}
-        if len(values) == 2:
-            raise ValueError(
-                f"prepare.compatibility = {self.prepare.compatibility!r}, but inference.compatibility = {self.inference.compatibility!r}; "
-                "set one, or both alike"
-            )
-        for name, part in (("prepare", self.prepare), ("inference", self.inference)) if values else ():
+        """`compatibility` is one switch with a field in three stages: set once it holds for all."""
+        parts = {name: getattr(self, name) for name in COMPATIBLE}
+        said = {name: part.compatibility for name, part in parts.items() if "compatibility" in part.model_fields_set}
+        if len(set(said.values())) > 1:
+            raise ValueError(f"{', '.join(f'{name}.compatibility = {value!r}' for name, value in said.items())}; set one, or all alike")
+        for name, part in parts.items() if said else ():
             if name not in said:
                 # the model is frozen for its users; here it is still being made
-                object.__setattr__(self, name, part.model_copy(update={"compatibility": next(iter(values))}))
+                object.__setattr__(self, name, part.model_copy(update={"compatibility": next(iter(said.values()))}))
         return self
 
     @field_validator("plan", mode="after")
@@ -260,6 +255,8 @@ class Recipe(Strict):
         return {stage: digest(getattr(self, stage).model_dump(mode="json")) for stage in STAGES}
 
 
+#: stages with the field `compatibility`
+COMPATIBLE = ("prepare", "training", "inference")
 STAGES = ("prepare", "plan", "network", "training", "inference")
 #: tables of the recipe that overlays change key by key
 MERGED = (*STAGES, "augment")

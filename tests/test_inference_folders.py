@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
+from model_folders import small_plan, write_model
 
 from ichbench.cases.case import Grid
-from ichbench.cases.images import read_labels, write_labels
+from ichbench.cases.images import read_labels, write_image, write_labels
 from ichbench.cli import app
 from ichbench.errors import InputError
 from ichbench.inference.folders import apply_to_folder, find_in_folders, select_folders
+from ichbench.inference.model import load_model, predict_path
 from ichbench.inference.postprocess import Postprocessing
 
 AFFINE = np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 1]])
@@ -98,3 +102,25 @@ def test_select_prints_and_writes_the_choice(tmp_path: Path, capsys: pytest.Capt
     np.savez(two / "a.npz", probabilities=np.array([object()]))
     with pytest.raises(InputError, match="not an archive"):
         run("select", reference, f"m1={one}", f"m2={two}")
+
+
+@pytest.mark.parametrize("order", ["kji", "ikj"])
+def test_probabilities_lie_in_file_order_beside_the_mask(tmp_path: Path, order: str) -> None:
+    """The archive's array, slowest file axis first, gives the mask's file back; so also where the file stores another order."""
+    grid = Grid((6, 20, 22), np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
+    if order == "ikj":
+        grid = replace(grid, file_axes=(1, 2, 0), affine_4x4=np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
+    image = np.random.default_rng(0).normal(40, 30, grid.shape_zyx).astype(np.float32)
+    write_image(tmp_path / "p_0000.nii.gz", image, grid)
+    write_model(tmp_path / "model", small_plan())
+    plain, both = tmp_path / "plain", tmp_path / "both"
+    model = load_model(tmp_path / "model")
+    list(predict_path(model, tmp_path / "p_0000.nii.gz", plain / "p.nii.gz"))
+    run("predict", tmp_path / "model", tmp_path / "p_0000.nii.gz", "--out", both / "p.nii.gz", "--device", "cpu", "--probabilities")
+    with np.load(both / "p.npz") as archive:
+        table = archive["probabilities"]
+    stored = np.asarray(nibabel.load(both / "p.nii.gz").dataobj)  # type: ignore[attr-defined]
+    assert table.shape[1:] == stored.shape[::-1]
+    assert 0 < stored.mean() < 1
+    np.testing.assert_array_equal(table.argmax(0), stored.T)
+    assert row(both / "p.nii.gz") == row(plain / "p.nii.gz")

@@ -166,3 +166,15 @@ def test_a_forced_voxel_may_lie_anywhere_in_its_patch() -> None:
         assert len(counts) == size
         # uniform: each place within five standard deviations of its share
         assert np.all(np.abs(counts - 600 / size) < 5 * np.sqrt(600 / size))
+
+
+def test_nnunets_patches_hang_out_at_the_far_border() -> None:
+    """Its printed case (facts, section 5): length 482, voxel 481, patch 205 of which the middle lies on the voxel: 379 to 584."""
+    one = case((482, 9, 9), ((1, 481, 4, 4),))
+    theirs = draw_patch(sample_generator(0, 0, 0, 0), [one], (205, 9, 9), True, clamped=False)
+    ours = draw_patch(sample_generator(0, 0, 0, 0), [one], (205, 9, 9), True)
+    assert (theirs.lower_zyx[0], theirs.lower_zyx[0] + 205) == (379, 584)
+    assert (ours.lower_zyx[0], ours.lower_zyx[0] + 205) == (277, 482)
+    inner = case((482, 9, 9), ((1, 200, 4, 4),))
+    corners = [draw_patch(sample_generator(0, 0, 0, 0), [inner], (205, 9, 9), True, clamped=clamped).lower_zyx for clamped in (True, False)]
+    assert corners[0] == corners[1]

@@ -216,7 +216,7 @@ def _predict(task: Task) -> dict[str, Any]:
     cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
     _check_digests(cohort, task.spec["cases"] | task.spec.get("fit_on", {}))
     keep = prepare.compatibility == "nnunet"
-    tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.device}
+    tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.device, "rules": cohort.rules}
     if "prepare" in task.inputs:
         tools["plan"] = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
     if "train" in task.inputs:

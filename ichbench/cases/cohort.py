@@ -128,7 +128,7 @@ class Cohort:
 
     def digest(self) -> str:
         """sha256 over every case's digest and all metadata (not over names of folders or files)."""
-        about = {
+        about: dict[str, object] = {
             "channels": self.channel_names, "labels": self.labels, "ignore": self.ignore_label, "reorient": self.reorient,
             "cases": [(r.id, r.split, r.group, r.site, r.subtype, self.case_digest(r.id)) for r in self.records],
         }  # fmt: skip

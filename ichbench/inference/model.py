@@ -7,6 +7,7 @@ fold_0/final.safetensors, ...             those of several, whose logits are ave
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.cases.case import Case
+from ichbench.cases.case import Case, Grid
+from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_image, reorient, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import InputError
 from ichbench.inference.postprocess import read_postprocessing
-from ichbench.inference.predictors import Tools, predict_unet
+from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights
 from ichbench.prepare.plan import Plan
@@ -136,10 +138,11 @@ def _first_stage(model: Model) -> Callable[[Case], NDArray[np.int16]]:
     return labels_of
 
 
-def predict_path(model: Model, image: Path, out: Path) -> Iterator[Predicted]:
+def predict_path(model: Model, image: Path, out: Path, probabilities: bool = False) -> Iterator[Predicted]:
     """Segment one image, or every image of a folder; masks lie on their image's own grid. An input is never overwritten.
 
     A model of several channels takes the files `case_0000.nii.gz`, `case_0001.nii.gz`, ...; one of them names the case.
+    With `probabilities` an archive `<mask's name>.npz` lies beside each mask, as nnU-Net writes it.
     """
     cases = find_images(image, model.channel_names)
     for case_id, files in cases.items():
@@ -148,7 +151,7 @@ def predict_path(model: Model, image: Path, out: Path) -> Iterator[Predicted]:
         for source in files:
             if target.resolve() == source.resolve():
                 raise InputError(f"--out {out} would overwrite the image {source}; give another file or folder")
-        yield _predict_files(model, case_id, files, target)
+        yield _predict_files(model, case_id, files, target, probabilities)
 
 
 def find_images(image: Path, channel_names: Sequence[str]) -> dict[str, tuple[Path, ...]]:
@@ -232,12 +235,25 @@ def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_z
     return Case(case_id, np.stack(volumes), None, grid), tuple(notes)
 
 
-def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Path) -> Predicted:
+def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Path, probabilities: bool = False) -> Predicted:
     case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
-    prediction = predict_unet(case, model.tools)
+    if probabilities:
+        prediction, table = predict_with_probabilities(case, model.tools)
+        _write_probabilities(target.with_name(f"{_stem(target)}.npz"), table, case.grid)
+    else:
+        prediction = predict_unet(case, model.tools)
     labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
     write_labels(target, labels, case.grid)
     return Predicted(target, float(np.count_nonzero(labels)) * case.grid.voxel_ml, notes + prediction.notes)
+
+
+def _write_probabilities(path: Path, table: NDArray[np.float32], grid: Grid) -> None:
+    """`probabilities` (heads, k, j, i): in the file's own axis order, slowest axis first, as nnU-Net's archives have them."""
+    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
+    to_file = [1 + grid.file_axes.index(axis) for axis in (2, 1, 0)]
+    packed = io.BytesIO()
+    np.savez_compressed(packed, probabilities=np.transpose(table[(slice(None), *flips)], (0, *to_file)))
+    write_atomically(path, packed.getvalue())
 
 
 def _channels(channel_names: Sequence[str]) -> str:

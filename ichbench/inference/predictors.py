@@ -72,6 +72,17 @@ def predict_probabilities(case: Case, tools: Tools) -> NDArray[np.float32]:
     return native_probabilities(logits, prepared.geometry, rules)
 
 
+def predict_with_probabilities(case: Case, tools: Tools) -> tuple[Prediction, NDArray[np.float32]]:
+    """Labels and probabilities of one model at the price of one; as in nnU-Net the labels are then those of the probabilities."""
+    from ichbench.inference.ensemble import native_probabilities
+
+    logits, prepared, rules = _logits(case, tools)
+    table = native_probabilities(logits, prepared.geometry, rules)
+    labels = rules.from_probabilities(table)
+    tidy = labels if tools.postprocessing is None else tools.postprocessing.apply(labels).astype(np.int16)
+    return Prediction(tidy, prepared.notes), table
+
+
 def predict_ensemble(case: Case, models: Sequence[Tools]) -> Prediction:
     """Several models (each with its own preparation and plan, its folds among `networks`): the mean of their probabilities."""
     from ichbench.inference.ensemble import mean_probabilities

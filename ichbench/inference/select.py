@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def find_best(
 
     scores: dict[tuple[str, ...], float] = {(candidate.name,): score(candidate.mask) for candidate in candidates}
     for first, second in combinations(candidates, 2) if pairs else ():
-        scores[first.name, second.name] = score(lambda case, a=first, b=second: combined(case, a, b))
+        scores[first.name, second.name] = score(partial(combined, first=first, second=second))
     known = {names: dice for names, dice in scores.items() if not math.isnan(dice)}
     if not known:
         raise InputError("no model can be chosen: no case shows a label, in any reference or prediction")

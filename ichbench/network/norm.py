@@ -26,10 +26,28 @@ class NormAct(nn.Module):
         self.leaky_slope, self.eps = leaky_slope, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            return _in_place(x, self.weight, self.bias, self.leaky_slope, self.eps)
         if x.device.type == "cpu" and x.dtype == torch.float32:
             return _ChannelsLast.apply(x, self.weight, self.bias, self.leaky_slope, self.eps)  # type: ignore[no-any-return, no-untyped-call]
         normed = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
         return normed if self.leaky_slope == 1 else F.leaky_relu(normed, self.leaky_slope, inplace=True)
+
+
+def _in_place(x: Tensor, weight: Tensor, bias: Tensor, leaky_slope: float, eps: float) -> Tensor:
+    """`_ChannelsLast` for prediction, the same bits with one new array instead of three; `x`, a convolution's answer, is used up."""
+    samples, channels = x.shape[:2]
+    voxels = math.prod(x.shape[2:])
+    per_row = math.gcd(voxels, max(1, 256 // channels))
+    rows = x.movedim(1, -1).reshape(samples, voxels // per_row, per_row * channels)
+    rows.sub_(_tile(_voxel_sum(rows, channels) / voxels, per_row))
+    out = rows * rows
+    scale = torch.rsqrt(_voxel_sum(out, channels) / voxels + eps)
+    rows.mul_(_tile(scale, per_row))
+    torch.addcmul(bias.repeat(per_row), rows, weight.repeat(per_row), out=out)
+    if leaky_slope != 1:
+        F.leaky_relu_(out, leaky_slope)
+    return _image(out, x.shape)
 
 
 class _ChannelsLast(torch.autograd.Function):

@@ -244,7 +244,7 @@ def _back(geometry: Geometry) -> tuple[list[int], list[tuple[int, NDArray[np.flo
 def _shown(score_zyx: NDArray[np.floating], geometry: Geometry, order: Sequence[int], places: Sequence[Any]) -> NDArray[np.floating]:
     """One map on the prepared grid, resampled to the native voxels that the box shows, in working order."""
     spacings = geometry.new_spacing_mm, geometry.spacing_mm
-    scores = resample_image(score_zyx[None], geometry.cropped_shape, *spacings, order=1)[0].transpose(order)
+    scores: NDArray[np.floating] = resample_image(score_zyx[None], geometry.cropped_shape, *spacings, order=1)[0].transpose(order)
     for axis, (_, position) in enumerate(places):
         if len(position) != scores.shape[axis] or not np.array_equal(position, np.arange(len(position))):
             scores = interpolate_axis(scores, axis, position)

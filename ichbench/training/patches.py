@@ -2,7 +2,7 @@
 
 The rule is nnU-Net's (facts section 5): cases with replacement; the last round(share) of a batch are centred on a voxel
 of a random class that the case has, the others lie anywhere. One thing differs: a patch centred near the far border is
-moved back inside, where nnU-Net lets it hang out by up to half its size.
+moved back inside, where nnU-Net (and `compatibility = "nnunet"`) lets it hang out by up to half its size.
 """
 
 from __future__ import annotations
@@ -67,11 +67,17 @@ def patch_zyx(patch_size: Sequence[int]) -> tuple[int, int, int]:
 
 
 def draw_patch(
-    rng: np.random.Generator, cases: Sequence[TrainingCase], patch_size: Sequence[int], forced: bool, centred: bool = True
+    rng: np.random.Generator,
+    cases: Sequence[TrainingCase],
+    patch_size: Sequence[int],
+    forced: bool,
+    centred: bool = True,
+    clamped: bool = True,
 ) -> PatchDraw:
     """Draw case and corner for one sample. A case without foreground gives a patch anywhere, also when `forced`.
 
     centred  the forced voxel lies in the middle of the patch (nnU-Net's rule), or else anywhere in it
+    clamped  a patch about a voxel near the far border is moved back inside; nnU-Net lets it hang out
     """
     if not cases:
         raise InputError("there is no case to draw patches from; give at least one training case")
@@ -87,7 +93,8 @@ def draw_patch(
             lower.append(int(rng.integers(low, high + 1)))
         else:
             before = size[axis] // 2 if centred else int(rng.integers(size[axis]))
-            lower.append(min(max(low, int(voxel[axis]) - before), high))
+            corner = max(low, int(voxel[axis]) - before)
+            lower.append(min(corner, high) if clamped else corner)
     return PatchDraw(index, (lower[0], lower[1], lower[2]), size, label)
 
 

@@ -253,11 +253,12 @@ def test_real_head_ct(shared_data: Path, fresh_seed: int) -> None:
 
 
 def half_resolution(network: Any, image: NDArray[np.float32], plan: Plan, logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """By how much half-precision sums may move each logit (heads, z, y, x): half a step of every partial sum, over the weight.
+    """By how much half precision may move each logit (heads, z, y, x), from its three roundings.
 
-    The steps are those of the largest partial sum that a voxel may have had: |logit| of its tiles times the weight so far.
+    The weights are rounded (that part is computed: the exact mean with the rounded weights); every partial sum is, by half a
+    step of the largest that a voxel may have had; and so is the quotient.
     """
-    tile_largest = np.zeros(logits.shape)
+    tile_largest, exact = np.zeros(logits.shape), np.zeros(logits.shape)
     weight = np.zeros(logits.shape[1:])
     count = np.zeros(logits.shape[1:])
     window = half_weights(plan.patch_size).numpy().astype(np.float64)
@@ -269,11 +270,12 @@ def half_resolution(network: Any, image: NDArray[np.float32], plan: Plan, logits
                     where = tuple(slice(start, start + n) for start, n in zip((z, y, x), plan.patch_size, strict=True))
                     answer = network(torch.from_numpy(image[(slice(None), *where)][None]))[0].numpy()
                     tile_largest[(slice(None), *where)] += np.abs(answer) * window
+                    exact[(slice(None), *where)] += answer * window
                     weight[where] += window
                     count[where] += 1
     step = np.spacing(tile_largest.astype(np.float16)).astype(np.float64)
-    # each sum rounds by half a step at most; then the quotient does, whose step is that of the logit
-    return count * step / 2 / weight * 1.01 + np.spacing(np.abs(logits).astype(np.float16)).astype(np.float64)
+    quotient = np.spacing(np.abs(logits).astype(np.float16)).astype(np.float64)
+    return np.abs(exact / weight - logits) + count * step / 2 / weight * 1.01 + quotient
 
 
 def test_where_single_precision_decides_otherwise_half_could_not_tell(hippocampus: tuple[Cohort, Plan, Any, tuple[str, ...]]) -> None:
