@@ -182,6 +182,18 @@ def test_a_truncated_file(tmp_path: Path, kept: float) -> None:
         read_checkpoint(path)
 
 
+def test_every_flipped_bit_of_a_weight_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    weight = torch.rand(64)
+    torch.save({"a": weight}, path)
+    data = path.read_bytes()
+    start = data.index(weight.numpy().tobytes())
+    for at in (start, start + 100, start + 255):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(InputError, match="check sum"):
+            read_checkpoint(path)
+
+
 def test_a_storage_that_claims_more_than_there_is(tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     torch.save({"a": torch.arange(4.0)}, path)

@@ -185,7 +185,7 @@ def architecture(table: dict[str, Any]) -> dict[str, Any]:
         (lambda t: architecture(t)["arch_kwargs"].update(nonlin_first=True), "nonlin_first"),
         (lambda t: architecture(t)["arch_kwargs"].update(n_stages="many"), "does not read as a plan"),
         (lambda t: architecture(t)["arch_kwargs"].pop("strides"), "'strides' is missing"),
-        (lambda t: t["configurations"]["3d_fullres"].update(previous_stage="3d_lowres"), "second stage of a cascade"),
+        (lambda t: t["configurations"]["3d_fullres"].update(previous_stage="3d_lowres"), r"\(4, 2.*but plans.json .* make it \(4, 4"),
         (lambda t: t["configurations"]["3d_fullres"].update(preprocessor_name="Mine"), "preprocessor_name is 'Mine'"),
         (lambda t: t["configurations"].clear(), "no configurations"),
         (lambda t: t["configurations"].update({"2d": t["configurations"].pop("3d_fullres")}), "no configuration '3d_fullres'"),
@@ -242,3 +242,53 @@ def test_readers_and_trainers_that_matter_are_named(copy: Path, tmp_path: Path) 
     first, second = import_nnunet(copy, tmp_path / "out").notes
     assert "NaturalImage2DIO" in first
     assert "MyTrainer" in second
+
+
+@pytest.fixture
+def cascade(tmp_path: Path) -> Path:
+    """The second stage, its first stage beside it; three labels, so three more inputs."""
+    labels = {"background": 0, "a": 1, "b": 2, "c": 3}
+    write_results(tmp_path / "low", replace(small_plan(n_classes=4), configuration="3d_lowres"), labels=labels, folds=("0", "1"))
+    # a network of the width that the second stage has, exported under a plan that hides where its inputs come from
+    wide = small_plan(channels=("CT", "x", "x", "x"), n_classes=4)
+    second = write_results(tmp_path / "full", wide, labels=labels, seed=7)
+    low = tmp_path / "low/results/Dataset777_Test/nnUNetTrainer__nnUNetPlans__3d_lowres"
+    folder = second.with_name("nnUNetTrainer__nnUNetPlans__3d_cascade_fullres")
+    second.rename(folder)
+    low.rename(folder.with_name(low.name))
+    plans = json.loads((folder / "plans.json").read_text())
+    one = plans["configurations"]["3d_fullres"]
+    for key in ("normalization_schemes", "use_mask_for_norm"):
+        one[key] = one[key][:1]
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    (folder / "plans.json").write_text(json.dumps(plans))
+    edit(folder / "dataset.json", lambda t: t.update(channel_names={"0": "CT"}))
+    change(folder, lambda content: content["init_args"].update(configuration="3d_cascade_fullres"))
+    return folder
+
+
+def test_a_cascade_is_imported_with_its_first_stage(cascade: Path, tmp_path: Path) -> None:
+    done = import_nnunet(cascade, tmp_path / "model")
+    assert done.plan.previous_stage == "3d_lowres"
+    assert read_model(tmp_path / "model/previous").folds == ("0", "1")
+    model = load_model(tmp_path / "model")
+    assert model.tools.networks[0].encoder[0][0].conv.weight.shape[1] == 4
+    write_image(tmp_path / "a.nii.gz", np.random.default_rng(0).normal(40, 20, GRID.shape_zyx), GRID)
+    (predicted,) = predict_path(model, tmp_path / "a.nii.gz", tmp_path / "mask.nii.gz")
+    with_first = read_labels(predicted.path)[0]
+    nothing = replace(model, tools=replace(model.tools, previous=lambda case: np.zeros(case.grid.shape_zyx, np.int16)))
+    (predicted,) = predict_path(nothing, tmp_path / "a.nii.gz", tmp_path / "other.nii.gz")
+    assert (read_labels(predicted.path)[0] != with_first).any()
+
+
+def test_a_cascade_without_its_first_stage(results: Path, cascade: Path, tmp_path: Path) -> None:
+    low = cascade.with_name("nnUNetTrainer__nnUNetPlans__3d_lowres")
+    low.rename(tmp_path / "elsewhere")
+    refused(cascade, tmp_path, "needs the masks of '3d_lowres'.*--previous")
+    assert import_nnunet(cascade, tmp_path / "model", previous=tmp_path / "elsewhere").plan.previous_stage == "3d_lowres"
+    for other in (results, cascade):
+        with pytest.raises(InputError, match="needed is '3d_lowres'"):
+            import_nnunet(cascade, tmp_path / "out", previous=other)
+    with pytest.raises(InputError, match="not the second stage"):
+        import_nnunet(results, tmp_path / "out", previous=tmp_path / "elsewhere")
+    assert not (tmp_path / "out").exists()

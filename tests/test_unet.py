@@ -162,6 +162,8 @@ def test_a_residual_network_trains(dims: int) -> None:
         ({"family": "swin"}, "allowed are plain, residual"),
         ({"decoder_convs": (2, 2)}, "decoder: one less"),
         ({"kernels": ((3, 3), (2, 3))}, "only odd sizes"),
+        ({"strides": ((1, 1), (2, -1))}, "must be 1 or more"),
+        ({"features": (8, 10**9)}, "no network is that large"),
     ],
 )
 def test_a_plan_that_makes_no_network_is_refused(changes: dict[str, Any], said: str) -> None:

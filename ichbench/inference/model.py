@@ -10,8 +10,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +101,41 @@ def read_model(folder: Path) -> ModelFolder:
 def load_model(folder: Path, device: str = "cpu") -> Model:
     """Read a model folder with its weights; several folds become several networks. Raises InputError for a damaged one."""
     found = read_model(folder)
-    networks = []
+    networks, topology = [], network_plan(found.plan, found.rules)
     for path in found.weights(found.recipe.inference.checkpoint).values():
-        network = make_unet(found.plan, found.recipe.network)
+        network = make_unet(topology, found.recipe.network)
         load_weights(network, path)
         networks.append(network.to(device).eval())
     rule = folder / "postprocessing.json"
     postprocessing = read_postprocessing(rule) if found.recipe.inference.postprocess != "off" else None
+    previous = None if found.plan.previous_stage is None else _first_stage(load_model(folder / "previous", device))
+    recipe = found.recipe
     tools = Tools(
-        found.recipe.inference, found.recipe.prepare, found.plan, tuple(networks), device, rules=found.rules, postprocessing=postprocessing
+        recipe.inference,
+        recipe.prepare,
+        found.plan,
+        tuple(networks),
+        device,
+        rules=found.rules,
+        previous=previous,
+        postprocessing=postprocessing,
     )
     return Model(tools, found.axes_zyx, found.channel_names)
+
+
+def network_plan(plan: Plan, rules: LabelRules) -> Plan:
+    """The plan as its network sees it: the second stage of a cascade has one more input per foreground label."""
+    if plan.previous_stage is None:
+        return plan
+    return replace(plan, channels=(*plan.channels, *(f"{plan.previous_stage} {label}" for label in rules.foreground_labels)))
+
+
+def _first_stage(model: Model) -> Callable[[Case], NDArray[np.int16]]:
+    def labels_of(case: Case) -> NDArray[np.int16]:
+        found = predict_unet(case, model.tools).labels_zyx
+        return found if found is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
+
+    return labels_of
 
 
 def predict_path(model: Model, image: Path, out: Path, probabilities: bool = False) -> Iterator[Predicted]:

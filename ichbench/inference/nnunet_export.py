@@ -82,6 +82,9 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
     target = out / tables.plans["dataset_name"] / "__".join(parts)
     if target.exists():
         raise InputError(f"{target} exists; give another --out, or remove it first")
+    prepared = target.parent / "imagesPrepared"
+    if with_prepared is not None and prepared.exists():
+        raise InputError(f"{prepared} exists; give another --out, or remove it first")
     images: tuple[Path, ...] = ()
     notes = list(_notes(first))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +99,10 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
         for fold, (_, member, inner) in folds.items():
             _write_fold(made / f"fold_{fold}", fold, member, inner, tables)
         if with_prepared is not None:
-            images, more = _write_prepared(first, with_prepared, target.parent / "imagesPrepared")
+            names, more = _write_prepared(first, with_prepared, Path(scratch) / prepared.name)
             notes += more
+            (Path(scratch) / prepared.name).rename(prepared)
+            images = tuple(prepared / name for name in names)
         made.rename(target)
     return Exported(target, {fold: name for fold, (name, _, _) in folds.items()}, images, tuple(dict.fromkeys(notes)))
 
@@ -230,8 +235,8 @@ def _write_fold(folder: Path, fold: str, model: ModelFolder, inner: str, tables:
         raise InputError(f"{model.folder}: no weights for fold {inner} (final.safetensors or best.safetensors); train or import it again")
 
 
-def _write_prepared(model: ModelFolder, images: Path, folder: Path) -> tuple[tuple[Path, ...], list[str]]:
-    """Images after the flags, as the network's preparation continues with them, on their own grid."""
+def _write_prepared(model: ModelFolder, images: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Images after the flags, as the network's preparation continues with them, on their own grid; their names, and notes."""
     recipe = model.recipe.prepare
     written, notes = [], []
     for case_id, files in find_images(images, model.channel_names).items():
@@ -241,11 +246,10 @@ def _write_prepared(model: ModelFolder, images: Path, folder: Path) -> tuple[tup
         # a grid without a file behind it: nnU-Net then reads the very array that our preparation would go on with
         grid = Grid(flagged.grid.shape_zyx, flagged.grid.affine_4x4, pixdim_zyx_mm=flagged.grid.spacing_zyx_mm)
         for index, channel in enumerate(flagged.image_czyx):
-            path = folder / f"{case_id}_{index:04d}.nii.gz"
-            write_image(path, channel, grid)
-            written.append(path)
+            written.append(f"{case_id}_{index:04d}.nii.gz")
+            write_image(folder / written[-1], channel, grid)
     notes.append("nnU-Net's masks will lie on the grid of the prepared images, not of the originals")
-    return tuple(written), notes
+    return written, notes
 
 
 def _notes(model: ModelFolder) -> list[str]:
@@ -259,6 +263,10 @@ def _notes(model: ModelFolder) -> list[str]:
         notes.append("this model uses its best checkpoint: predict with -chk checkpoint_best.pth")
     if inference.tile_step != 0.5:
         notes.append(f"tiles overlap otherwise than by nnU-Net's default: predict with -step_size {inference.tile_step}")
+    if inference.postprocess != "off":
+        notes.append(
+            "post-processing is not part of a result folder (nnU-Net keeps it as pickled functions): apply it with nnU-Net, or here"
+        )
     if not inference.gaussian:
         notes.append("tiles are averaged without a Gaussian, which nnU-Net's command cannot switch off: masks will differ a little")
     return notes

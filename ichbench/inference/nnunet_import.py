@@ -24,6 +24,7 @@ import torch
 from ichbench.cases.files import write_atomically
 from ichbench.cases.labels import read_rules
 from ichbench.errors import InputError
+from ichbench.inference.model import network_plan
 from ichbench.network.checkpoint import read_checkpoint
 from ichbench.network.nnunet_weights import weights_from_nnunet
 from ichbench.network.unet import UNet, check_topology
@@ -54,11 +55,16 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def import_nnunet(folder: Path, out: Path, checkpoint: str = "final", folds: Sequence[str] | None = None) -> Imported:
+def import_nnunet(
+    folder: Path, out: Path, checkpoint: str = "final", folds: Sequence[str] | None = None, previous: Path | None = None
+) -> Imported:
     """Write the model folder `out` from a result folder of nnU-Net v2; every fold found, or the `folds` asked for.
 
+    The second stage of a cascade needs the result folder of the first, `previous`; it is looked for beside `folder`. All of
+    its folds are taken.
+
     Raises InputError where a file is missing, damaged, hostile or does not fit to the others, and for what cannot be
-    computed here (other networks, preprocessors, cascades). `out` then does not exist.
+    computed here (other networks, preprocessors). `out` then does not exist.
     """
     if checkpoint not in CHECKPOINTS:
         raise InputError(f"--checkpoint {checkpoint!r} is not understood; allowed are {', '.join(CHECKPOINTS)}")
@@ -70,10 +76,34 @@ def import_nnunet(folder: Path, out: Path, checkpoint: str = "final", folds: Seq
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".import-") as scratch:
         made = Path(scratch) / "model"
         imported = _import_into(made, folder, plans, dataset, checkpoint, names)
+        _import_previous(made / "previous", folder, imported[0], checkpoint, previous)
         if out.is_dir():
             out.rmdir()
         made.rename(out)
     return Imported(out, *imported)
+
+
+def _import_previous(made: Path, folder: Path, plan: Plan, checkpoint: str, given: Path | None) -> None:
+    """The first stage below the second one's new folder."""
+    stage = plan.previous_stage
+    if stage is None:
+        if given is not None:
+            raise InputError(f"--previous {given}: {plan.configuration} of {folder} is not the second stage of a cascade; leave it out")
+        return
+    parts = folder.resolve().name.split("__")
+    beside = folder.resolve().with_name("__".join([*parts[:-1], stage]))
+    if given is None and not beside.is_dir():
+        raise InputError(
+            f"{folder} is the second stage of a cascade and needs the masks of {stage!r}, but there is no {beside}; "
+            "name that model with --previous"
+        )
+    source = beside if given is None else given
+    plans, dataset = _read_tables(source)
+    names = _choose_folds(source, f"checkpoint_{checkpoint}.pth", None)
+    first = _import_into(made, source, plans, dataset, checkpoint, names)[0]
+    labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
+    if first.configuration != stage or first.previous_stage is not None or dataset["labels"] != labels:
+        raise InputError(f"{source} is {first.configuration!r} with the labels {dataset['labels']}; needed is {stage!r} with {labels}")
 
 
 def _import_into(
@@ -89,7 +119,7 @@ def _import_into(
             about, plan = found, _plan(plans, dataset, found.configuration, folder)
             # on the meta device nothing is allocated, whatever sizes the plans claim
             with torch.device("meta"):
-                network = UNet(plan, NetworkRecipe())
+                network = UNet(network_plan(plan, read_rules(dataset["labels"], dataset.get("regions_class_order"))), NetworkRecipe())
         elif found != about:
             raise InputError(
                 f"{path}: was made by {found}, fold_{names[0]} by {about}; the folds of one model share all of these: import them apart "
@@ -173,11 +203,6 @@ def _plan(plans: dict[str, Any], dataset: dict[str, Any], configuration: str, fo
     source = str(folder / "plans.json")
     plan = plan_of(plans, configuration, dataset, source)
     where = f"{source}, configuration {configuration!r}"
-    if plan.previous_stage is not None:
-        raise InputError(
-            f"{where}: is the second stage of a cascade and needs the masks of {plan.previous_stage!r}; a single network can be imported, "
-            f"a cascade not yet: import the model of {plan.previous_stage!r} or of 3d_fullres"
-        )
     table = plans["configurations"][configuration]
     while "architecture" not in table and "inherits_from" in table:
         table = plans["configurations"][table["inherits_from"]]

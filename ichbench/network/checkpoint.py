@@ -59,6 +59,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             # torch stores its records as they are; a small file that unpacks to terabytes would have to compress them
             packed = next((entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED), None)
+            # torch itself does not look at the check sums: a flipped bit would be a wrong weight without a word
+            broken = archive.testzip() if packed is None else None
     except OSError as error:
         raise InputError(f"cannot read the checkpoint {path}: {error.strerror or error}; check the path") from None
     except Exception as error:
@@ -68,6 +70,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     if packed is not None:
         raise InputError(f"{path}: the entry {packed} is compressed, which torch.save never does; the file was changed: get the original")
+    if broken is not None:
+        raise InputError(f"{path} is damaged: the check sum of its entry {broken} is wrong; copy the file again")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(STAND_INS):  # type: ignore[arg-type]
             warnings.simplefilter("ignore")

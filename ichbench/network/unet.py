@@ -138,6 +138,8 @@ def check_topology(plan: Topology) -> None:
         raise InputError(f"the plan has {stages} stages, but {said}; one entry per stage (decoder: one less) is needed, so plan again")
     if max(plan.features) > MOST_FEATURES or sum(plan.convs_per_stage) + sum(plan.decoder_convs) > MOST_BLOCKS:
         raise InputError(f"the plan has more than {MOST_FEATURES} features a stage or {MOST_BLOCKS} blocks; no network is that large")
-    even = [kernel for kernel in plan.kernels if any(size % 2 == 0 for size in kernel)]
+    even = [kernel for kernel in plan.kernels if any(size % 2 == 0 or size < 1 for size in kernel)]
     if even:
         raise InputError(f"the plan has the kernel {tuple(even[0])}; only odd sizes keep the shape of the image")
+    if any(step < 1 for stride in plan.strides for step in stride):
+        raise InputError(f"the plan has the strides {[tuple(stride) for stride in plan.strides]}; every one must be 1 or more")

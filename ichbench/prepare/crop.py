@@ -17,12 +17,19 @@ def nonzero_box(image_czyx: NDArray[np.floating]) -> tuple[Box, NDArray[np.bool_
     mask = (image_czyx != 0).any(axis=0)
     if mask.all() or not mask.any():
         return _full(mask.shape), mask
+    box = extent(mask)
+    return box, fill_holes(mask[slices(box)])
+
+
+def extent(mask_zyx: NDArray[np.bool_]) -> Box:
+    """Half-open box around what is set; the full box where nothing is."""
     spans = []
     for axis in range(3):
-        found = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        found = np.flatnonzero(mask_zyx.any(axis=tuple(other for other in range(3) if other != axis)))
+        if not len(found):
+            return _full(mask_zyx.shape)
         spans.append((int(found[0]), int(found[-1]) + 1))
-    box: Box = (spans[0], spans[1], spans[2])
-    return box, fill_holes(mask[slices(box)])
+    return spans[0], spans[1], spans[2]
 
 
 def fill_holes(mask_zyx: NDArray[np.bool_]) -> NDArray[np.bool_]:

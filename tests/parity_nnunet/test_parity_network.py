@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,11 @@ def random_plan(rng: np.random.Generator, family: str, dims: int) -> Plan:
     up = tuple(int(n) for n in rng.integers(1, 4, stages - 1))
     channels, classes = int(rng.integers(1, 5)), int(rng.integers(1, 6))
     return Plan(family, dims, channels, classes, tuple(int(n) for n in features), tuple(strides), tuple(kernels), down, up)
+
+
+def patch(plan: Plan, bottom: int) -> list[int]:
+    """The patch whose coarsest feature map has `bottom` voxels along every axis (nnU-Net's have at least 4)."""
+    return [bottom * math.prod(stride[axis] for stride in plan.strides) for axis in range(plan.dims)]
 
 
 def theirs(plan: Plan, deep_supervision: bool) -> nn.Module:
@@ -104,18 +110,36 @@ def test_logits_on_random_topologies(fresh_seed: int, family: str, dims: int, dr
     draw_weights(reference, generator)
     ours = make_unet(plan, NetworkRecipe())
     ours.load_state_dict(weights_from_nnunet(reference.state_dict(), ours, plan, "reference"))
-    # at least two voxels at the bottom, where a norm over a single one would divide by nothing
-    steps = [math.prod(stride[axis] for stride in plan.strides) for axis in range(dims)]
-    x = torch.randn(2, plan.in_channels, *(step * int(rng.integers(2, 4)) for step in steps), generator=generator)
+    x = torch.randn(2, plan.in_channels, *patch(plan, 4 if dims == 2 else 3), generator=generator)
     with torch.no_grad():
-        assert largest_difference(ours.train()(x), reference(x)) <= TOLERANCE, plan
+        expected = reference(x)
+        # now and then a drawn network amplifies rounding: then nnU-Net's own fp32 lies this far from its float64
+        rounding = largest_difference([level.double() for level in expected], copy.deepcopy(reference).double()(x.double()))
+        tolerance = max(TOLERANCE, 3 * rounding)
+        assert largest_difference(ours.train()(x), expected) <= tolerance, plan
         single = theirs(plan, deep_supervision=False)
         # the way back: nnU-Net loads what we write, strictly
         single.load_state_dict(weights_to_nnunet(ours, plan))
-        assert largest_difference(ours.eval()(x), single.eval()(x)) <= TOLERANCE, plan
+        assert largest_difference(ours.eval()(x), single.eval()(x)) <= tolerance, plan
         without = make_unet(plan, NetworkRecipe(deep_supervision=False))
         without.load_state_dict(ours.state_dict())
-        assert largest_difference(without.train()(x), single(x)) <= TOLERANCE, plan
+        assert largest_difference(without.train()(x), single(x)) <= tolerance, plan
+
+
+@pytest.mark.parametrize("family", ["plain", "residual"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_smallest_patches_in_float64(fresh_seed: int, family: str, dims: int) -> None:
+    """Two voxels an axis at the bottom: a norm over so few amplifies rounding, in either implementation, to 1e-3 in fp32."""
+    rng = np.random.default_rng([fresh_seed, 55, dims, family == "plain"])
+    plan = random_plan(rng, family, dims)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    reference = theirs(plan, deep_supervision=True)
+    draw_weights(reference, generator)
+    ours = make_unet(plan, NetworkRecipe()).train()
+    ours.load_state_dict(weights_from_nnunet(reference.state_dict(), ours, plan, "reference"))
+    x = torch.randn(2, plan.in_channels, *patch(plan, 2), generator=generator).double()
+    with torch.no_grad():
+        assert largest_difference(ours.double()(x), reference.double()(x)) <= 1e-9, plan
 
 
 @pytest.mark.parametrize("family", ["plain", "residual"])
@@ -128,8 +152,7 @@ def test_gradients(fresh_seed: int, family: str) -> None:
     draw_weights(reference, generator)
     ours = make_unet(plan, NetworkRecipe()).train()
     ours.load_state_dict(weights_from_nnunet(reference.state_dict(), ours, plan, "reference"))
-    steps = [math.prod(stride[axis] for stride in plan.strides) for axis in range(3)]
-    x = torch.randn(2, plan.in_channels, *(2 * step for step in steps), generator=generator)
+    x = torch.randn(2, plan.in_channels, *patch(plan, 3), generator=generator)
     for network in (ours, reference):
         sum(level.square().mean() for level in network(x)).backward()
     for value in reference.parameters():
