@@ -9,7 +9,8 @@ from golden.nnunet_plans import COHORTS, FROZEN, lines
 
 from ichbench.prepare.fingerprint import Fingerprint
 from ichbench.prepare.plan import make_plan, plan_all
-from ichbench.prepare.plans_json import count_labels, plan_of, plans_of, plans_table, plans_text
+from ichbench.prepare.plans_json import plans_table, plans_text
+from ichbench.prepare.plans_read import count_labels, plan_of, plans_of
 from ichbench.prepare.topology import FAMILIES, depth, feature_map_elements, topology
 from ichbench.recipe import PlanRecipe
 
