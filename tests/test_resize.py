@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ichbench.prepare.resize import interpolate_axis, nearest_index, resize, resize_labels
+from ichbench.prepare.linear import resize_labels
+from ichbench.prepare.resize import interpolate_axis, nearest_index, resize
 
 SIZES = st.integers(1, 9)
 

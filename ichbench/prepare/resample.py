@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.prepare.resize import nearest_index, resize, resize_labels
+from ichbench.prepare.linear import resize_labels, resize_linear
+from ichbench.prepare.resize import nearest_index, resize
 
 #: above this ratio of the coarsest to the finest spacing an axis is resampled apart, and planned as anisotropic
 ANISOTROPY = 3
@@ -46,11 +47,15 @@ def resample_image(
         return image_czyx
     axis = separate_axis(spacing_mm, new_spacing_mm)
     out = np.empty((len(image_czyx), *shape), dtype=image_czyx.dtype)
-    for index, channel in enumerate(image_czyx):
+    for channel, new in zip(image_czyx, out, strict=True):
         if axis is None:
-            out[index] = resize(channel, shape, order)
-        else:
-            out[index] = _slice_by_slice(channel, shape, axis, order)
+            new[...] = resize_linear(channel, shape) if order == 1 else resize(channel, shape, order)
+            continue
+        slices, new_slices = np.moveaxis(channel, axis, 0), np.moveaxis(new, axis, 0)
+        for source, places in _used_slices(len(slices), len(new_slices)):
+            one = slices[source]
+            in_plane = new_slices.shape[1:]
+            new_slices[places] = resize_linear(one[None], (1, *in_plane))[0] if order == 1 else resize(one, in_plane, order)
     return out
 
 
@@ -66,14 +71,13 @@ def resample_labels(
     stack = np.moveaxis(labels_zyx, axis, 0)
     in_plane = tuple(n for other, n in enumerate(shape) if other != axis)
     index = nearest_index(len(stack), shape[axis])
-    resized = np.stack([resize_labels(stack[one], in_plane) for one in np.unique(index)])
-    return np.moveaxis(resized[np.searchsorted(np.unique(index), index)], 0, axis)
+    used, place = np.unique(index, return_inverse=True)  # slices that nobody will look at are not resized
+    resized = resize_labels(stack[used], (len(used), *in_plane))
+    return np.moveaxis(resized if len(used) == len(place) else resized[place], 0, axis)
 
 
-def _slice_by_slice(channel_zyx: NDArray[np.floating], shape: Sequence[int], axis: int, order: int) -> NDArray[np.float64]:
-    stack = np.moveaxis(channel_zyx, axis, 0)
-    in_plane = tuple(n for other, n in enumerate(shape) if other != axis)
-    index = nearest_index(len(stack), shape[axis])
-    used = np.unique(index)  # slices that nobody will look at are not resized
-    resized = resize(stack[used], (len(used), *in_plane), order, stacked=True)
-    return np.moveaxis(resized[np.searchsorted(used, index)], 0, axis)
+def _used_slices(n_in: int, n_out: int) -> list[tuple[int, slice]]:
+    """Each input slice that is nearest to some output slices, and those output slices."""
+    index = nearest_index(n_in, n_out)
+    used, first, count = np.unique(index, return_index=True, return_counts=True)
+    return [(int(source), slice(int(a), int(a + n))) for source, a, n in zip(used, first, count, strict=True)]
