@@ -18,10 +18,10 @@ from ichbench.cases.images import read_image, read_labels
 from ichbench.errors import InputError
 from ichbench.prepare.downsample import downsample_case
 from ichbench.prepare.fingerprint import fingerprint
+from ichbench.prepare.locations import foreground_locations
 from ichbench.prepare.pipeline import (
     Geometry,
     flagged_case,
-    foreground_locations,
     prepare_case,
     restore_labels,
     restore_logits,

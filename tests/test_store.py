@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ichbench.errors import InputError
-from ichbench.prepare.pipeline import FlagGeometry, Geometry, Prepared, foreground_locations
+from ichbench.prepare.locations import foreground_locations
+from ichbench.prepare.pipeline import FlagGeometry, Geometry, Prepared
 from ichbench.prepare.store import list_prepared, read_prepared, write_prepared
 
 SHAPE = (4, 6, 5)

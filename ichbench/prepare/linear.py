@@ -7,10 +7,10 @@ ends in: corners in C order, and each value times its weights one axis after the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, reduce
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,19 +25,18 @@ Weights = NDArray[np.float64]
 PIECE = 2**19
 
 
-class Taps(NamedTuple):
-    """For each output voxel along an axis: its two input neighbours and their weights. `apart`: some second weight is not 0."""
+@dataclass(frozen=True)
+class Taps:
+    """For each output voxel along an axis: its lower and upper input neighbour and their weights; `apart`: both ever count."""
 
-    low: Index
-    high: Index
-    low_weight: Weights
-    high_weight: Weights
+    index: tuple[Index, Index]
+    weight: tuple[Weights, Weights]
     apart: bool
 
-    def rows(self, start: int, stop: int) -> Taps:
-        """The same for some of the output voxels."""
-        part = slice(start, stop)
-        return Taps(self.low[part], self.high[part], self.low_weight[part], self.high_weight[part], self.apart)
+    def rows(self, part: slice, first: int = 0) -> Taps:
+        """The same for some of the output voxels, of an input that begins at voxel `first`."""
+        low, high = self.index
+        return Taps((low[part] - first, high[part] - first), (self.weight[0][part], self.weight[1][part]), self.apart)
 
 
 @lru_cache(maxsize=64)
@@ -48,47 +47,58 @@ def taps(n_in: int, n_out: int) -> Taps:
     share = position - low
     # beyond an end both neighbours are the end voxel, and its value is still taken in two shares
     ends = np.clip(low, 0, n_in - 1), np.clip(low + 1, 0, n_in - 1)
-    return Taps(*ends, 1.0 - share, share, bool(share.any()))
+    return Taps(ends, (1.0 - share, share), bool(share.any()))
 
 
-def resize_linear(array: FloatArray, shape: Sequence[int], rows: tuple[int, int] | None = None) -> FloatArray:
-    """A three-dimensional array on another shape, in its own dtype; `rows` asks for these output rows of axis 0 only.
+def nearest_taps(n_in: int, n_out: int) -> Taps:
+    """The nearest input voxel alone, as taps."""
+    index = nearest_index(n_in, n_out)
+    return Taps((index, index), (np.ones(n_out), np.zeros(n_out)), False)
 
-    An axis of unchanged length is left alone, so a stack of slices is resized slice by slice.
-    """
-    every = [taps(n_in, n_out) for n_in, n_out in zip(array.shape, shape, strict=True)]
-    start, stop = rows if rows is not None else (0, shape[0])
-    out = np.empty((stop - start, *shape[1:]), dtype=array.dtype)
+
+def resize_linear(array: FloatArray, shape: Sequence[int], nearest_axis: int | None = None) -> FloatArray:
+    """A three-dimensional array on another shape, in its own dtype; along `nearest_axis` each voxel is the nearest one."""
+    axes = linear_taps(array.shape, shape, nearest_axis)
+    out = np.empty(tuple(shape), dtype=array.dtype)
     step = max(1, PIECE // max(1, int(np.prod(shape[1:]))))
-    for first in range(start, stop, step):
-        last = min(first + step, stop)
-        piece = every[0].rows(first, last)
-        span = slice(int(piece.low[0]), int(piece.high[-1]) + 1)
-        moved = Taps(piece.low - span.start, piece.high - span.start, *piece[2:])
-        value = _interpolate(array[span].astype(np.float64), (moved, every[1], every[2]))
-        if array.dtype == np.float64:
-            # rounding may leave the range by a last bit, which coarser types do not see
-            np.clip(value, array.min(), array.max(), out=value)
-        out[first - start : last - start] = value
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        out[start:stop] = linear_rows(array.__getitem__, axes, start, stop)
     return out
 
 
+def linear_taps(shape_in: Sequence[int], shape_out: Sequence[int], nearest_axis: int | None) -> tuple[Taps, Taps, Taps]:
+    """The taps of three axes. An axis of unchanged length is left alone, so a stack of slices is resized slice by slice."""
+    z, y, x = (
+        (nearest_taps if axis == nearest_axis else taps)(n_in, n_out)
+        for axis, (n_in, n_out) in enumerate(zip(shape_in, shape_out, strict=True))
+    )
+    return z, y, x
+
+
+def linear_rows(rows: Callable[[slice], FloatArray], axes: tuple[Taps, Taps, Taps], start: int, stop: int) -> NDArray[np.float64]:
+    """Output rows start..stop-1 of axis 0 in float64; `rows(slice)` hands out rows of the input."""
+    low, high = axes[0].index
+    span = slice(int(low[start]), int(high[stop - 1]) + 1)
+    return _interpolate(rows(span).astype(np.float64), (axes[0].rows(slice(start, stop), span.start), axes[1], axes[2]))
+
+
 def _interpolate(values: NDArray[np.float64], axes: tuple[Taps, Taps, Taps]) -> NDArray[np.float64]:
+    """The weighted sum of up to eight neighbours; corners in C order, weights multiplied in the order of the axes."""
     z, y, x = axes
-    total: NDArray[np.float64] | None = None
     columns = [values if _still(x, values.shape[2]) else values.take(index, axis=2) for index in _neighbours(x)]
     planes = {}
     for (a, index), (c, column) in product(enumerate(_neighbours(z)), enumerate(columns)):
         plane = column if _still(z, values.shape[0]) else column.take(index, axis=0)
-        weight = z[2 + a]
-        planes[a, c] = plane if (weight == 1).all() else plane * weight[:, None, None]
+        planes[a, c] = plane if not z.apart else plane * z.weight[a][:, None, None]
+    total: NDArray[np.float64] | None = None
     for a, b, c in product(range(1 + z.apart), range(1 + y.apart), range(1 + x.apart)):
         term = planes[a, c]
         fresh = not _still(y, values.shape[1])
         if fresh:
-            term = term.take(y[b], axis=1)
-        for weight in (y[2 + b][:, None], x[2 + c]):
-            if not (weight == 1).all():
+            term = term.take(y.index[b], axis=1)
+        for apart, weight in ((y.apart, y.weight[b][:, None]), (x.apart, x.weight[c])):
+            if apart:
                 term = np.multiply(term, weight, out=term if fresh else None)
                 fresh = True
         total = (term if fresh else term.copy()) if total is None else np.add(total, term, out=total)
@@ -97,12 +107,12 @@ def _interpolate(values: NDArray[np.float64], axes: tuple[Taps, Taps, Taps]) -> 
 
 
 def _neighbours(axis: Taps) -> tuple[Index, ...]:
-    return (axis.low, axis.high) if axis.apart else (axis.low,)
+    return axis.index if axis.apart else axis.index[:1]
 
 
 def _still(axis: Taps, n_in: int) -> bool:
     """Does output voxel i look at input voxel i alone?"""
-    return not axis.apart and len(axis.low) == n_in and bool((axis.low == np.arange(n_in)).all())
+    return not axis.apart and len(axis.index[0]) == n_in and bool((axis.index[0] == np.arange(n_in)).all())
 
 
 def resize_labels(labels: NDArray[np.integer], shape: Sequence[int]) -> NDArray[np.integer]:
@@ -119,10 +129,7 @@ def resize_labels(labels: NDArray[np.integer], shape: Sequence[int]) -> NDArray[
     out = np.full(tuple(shape), common, dtype=labels.dtype)
     inner, outer = _box(labels != common, axes)
     if inner:
-        part = [
-            Taps(axis.low[where] - span.start, axis.high[where] - span.start, axis.low_weight[where], axis.high_weight[where], axis.apart)
-            for axis, span, where in zip(axes, inner, outer, strict=True)
-        ]
+        part = [axis.rows(where, span.start) for axis, span, where in zip(axes, inner, outer, strict=True)]
         nearest = [
             nearest_index(n_in, n_out)[where] - span.start
             for n_in, n_out, span, where in zip(labels.shape, shape, inner, outer, strict=True)
@@ -138,11 +145,11 @@ def _box(differs: NDArray[np.bool_], axes: Sequence[Taps]) -> tuple[tuple[slice,
         marked = np.flatnonzero(differs.any(axis=tuple(other for other in range(len(axes)) if other != number)))
         if not len(marked):
             return (), ()
-        touched = np.flatnonzero((axis.high >= marked[0]) & (axis.low <= marked[-1]))
+        touched = np.flatnonzero((axis.index[1] >= marked[0]) & (axis.index[0] <= marked[-1]))
         if not len(touched):
             return (), ()
         outer.append(slice(int(touched[0]), int(touched[-1]) + 1))
-        inner.append(slice(int(axis.low[touched[0]]), int(axis.high[touched[-1]]) + 1))
+        inner.append(slice(int(axis.index[0][touched[0]]), int(axis.index[1][touched[-1]]) + 1))
     return tuple(inner), tuple(outer)
 
 
@@ -152,9 +159,9 @@ def _resized(labels: NDArray[np.integer], axes: Sequence[Taps], nearest: Sequenc
         if _still(axis, labels.shape[number]):
             continue
         out = out.take(nearest[number], axis=number)
-        below, above = lowest.take(axis.low, axis=number), highest.take(axis.low, axis=number)
-        if axis.apart:
-            below, above = np.minimum(below, lowest.take(axis.high, axis=number)), np.maximum(above, highest.take(axis.high, axis=number))
+        sides = _neighbours(axis)
+        below = reduce(np.minimum, (lowest.take(side, axis=number) for side in sides))
+        above = reduce(np.maximum, (highest.take(side, axis=number) for side in sides))
         lowest, highest = below, above
     if out is labels:
         return labels
@@ -172,7 +179,7 @@ def _winner(labels: NDArray[np.integer], axes: Sequence[Taps], at: tuple[Index, 
     flat, corners = labels.reshape(-1), []
     steps = [int(np.prod(labels.shape[number + 1 :])) for number in range(labels.ndim)]
     sides = [
-        [(axis[side][where] * step, axis[2 + side][where]) for side in range(1 + axis.apart)]
+        [(index[where] * step, weight[where]) for index, weight in zip(_neighbours(axis), axis.weight, strict=False)]
         for axis, where, step in zip(axes, at, steps, strict=True)
     ]
     for corner in product(*sides):

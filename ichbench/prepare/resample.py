@@ -48,14 +48,14 @@ def resample_image(
     axis = separate_axis(spacing_mm, new_spacing_mm)
     out = np.empty((len(image_czyx), *shape), dtype=image_czyx.dtype)
     for channel, new in zip(image_czyx, out, strict=True):
-        if axis is None:
-            new[...] = resize_linear(channel, shape) if order == 1 else resize(channel, shape, order)
-            continue
-        slices, new_slices = np.moveaxis(channel, axis, 0), np.moveaxis(new, axis, 0)
-        for source, places in _used_slices(len(slices), len(new_slices)):
-            one = slices[source]
-            in_plane = new_slices.shape[1:]
-            new_slices[places] = resize_linear(one[None], (1, *in_plane))[0] if order == 1 else resize(one, in_plane, order)
+        if order == 1:
+            new[...] = resize_linear(channel, shape, axis)
+        elif axis is None:
+            new[...] = resize(channel, shape, order)
+        else:
+            slices, new_slices = np.moveaxis(channel, axis, 0), np.moveaxis(new, axis, 0)
+            for source, places in _used_slices(len(slices), len(new_slices)):
+                new_slices[places] = resize(slices[source], new_slices.shape[1:], order)
     return out
 
 
