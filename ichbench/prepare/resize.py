@@ -21,6 +21,9 @@ FloatArray = NDArray[np.floating]
 
 #: output voxels a block of `resize_blocks`, and the weight below which an input voxel is left out of it
 BLOCK_ROWS, NEGLIGIBLE = 32, 1e-18
+#: up to so many output voxels the n-dimensional kernel is as fast. On an axis of two voxels a spline is their mean, which
+#: lies half way between two float32 numbers as often as not; the kernel's own last bit then says which one nnU-Net has
+SMALL = 2**13
 
 
 def zoom(array: NDArray[np.float64], shape: Sequence[int], order: int) -> NDArray[np.float64]:
@@ -86,6 +89,8 @@ def resize(array: FloatArray, shape: Sequence[int], order: int, stacked: bool = 
         return np.stack([resize(image, shape[1:], order) for image in array])
     out: NDArray[np.float64] = array.astype(np.float64)
     low, high = out.min(), out.max()
+    if int(np.prod(shape)) <= SMALL:
+        return np.clip(zoom(out, shape, order), low, high)
     # shrinking axes first keeps the intermediate arrays small; the result does not depend on the order
     for axis in sorted(range(array.ndim), key=lambda axis: shape[axis] / array.shape[axis]):
         if shape[axis] != array.shape[axis]:

@@ -22,6 +22,9 @@ FloatArray = NDArray[np.floating]
 #: scores of class `index` on some slices of the prepared grid, in the plan's axis order
 Scores = Callable[[int, slice], FloatArray]
 
+#: the largest float32 whose sigmoid, computed in float32 as torch does, is still one half and not above it
+ABOVE_HALF = np.float32(1.5 * 2.0**-24)
+
 #: about so many native voxels are decided at once
 PIECE = 2**21
 
@@ -85,9 +88,7 @@ def _highest(n: int, native: Callable[[int], FloatArray]) -> NDArray[np.int16]:
 def _regions(regions: Sequence[int], native: Callable[[int], FloatArray]) -> NDArray[np.int16]:
     best: NDArray[np.int16] | None = None
     for index, value in enumerate(regions):
-        # in float32, where the sigmoid of a score just above 0 still rounds to one half
-        with np.errstate(over="ignore"):
-            probable = 1 / (1 + np.exp(-native(index).astype(np.float32))) > np.float32(0.5)
+        probable = native(index).astype(np.float32, copy=False) > ABOVE_HALF
         best = np.zeros(probable.shape, dtype=np.int16) if best is None else best
         best[probable] = value
     assert best is not None  # noqa: S101 - `restore_logits` refuses a list without regions

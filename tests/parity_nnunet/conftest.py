@@ -28,7 +28,9 @@ if HAVE_NNUNET:
 
 
 def pytest_report_header() -> str:
-    return f"nnunetv2 comparisons: ICHBENCH_PARITY_SEED={SEED}" if HAVE_NNUNET else "nnunetv2 is not installed: tests/parity_nnunet is skipped"
+    return (
+        f"nnunetv2 comparisons: ICHBENCH_PARITY_SEED={SEED}" if HAVE_NNUNET else "nnunetv2 is not installed: tests/parity_nnunet is skipped"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
