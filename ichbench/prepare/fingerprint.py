@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ichbench.cases.case import Case
 from ichbench.errors import InputError
-from ichbench.prepare.crop import nonzero_box, slices
+from ichbench.prepare.crop import nonzero_extent, slices
 
 #: nnU-Net draws this many foreground voxels in all, shared evenly between the cases
 N_SAMPLES = 10**8
@@ -73,7 +73,7 @@ def case_facts(case: Case) -> CaseFacts:
     """Measure one case (after the flags). All labels above 0 are foreground, an ignore label included, as in nnU-Net."""
     if case.labels_zyx is None:
         raise InputError(f"case {case.id} has no labels; a fingerprint is taken over labelled training cases")
-    box, _ = nonzero_box(case.image_czyx)
+    box = nonzero_extent(case.image_czyx)
     shape = (box[0][1] - box[0][0], box[1][1] - box[1][0], box[2][1] - box[2][0])
     inside = slices(box)
     values = case.image_czyx[(slice(None), *inside)][:, case.labels_zyx[inside] > 0]

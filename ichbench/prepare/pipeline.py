@@ -26,7 +26,7 @@ from ichbench.prepare.locations import Location, foreground_locations
 from ichbench.prepare.normalize import normalize
 from ichbench.prepare.plan import Plan
 from ichbench.prepare.resample import resample_image, resample_labels, resampled_shape
-from ichbench.prepare.restore import restore
+from ichbench.prepare.restore import restore, restore_each
 from ichbench.prepare.slices import cover, head_range, neighbours, oriented, permuted, reference_range, take_slices
 from ichbench.prepare.window import apply_grey_levels, flagged_channel_names, is_ct, warn_constant
 from ichbench.recipe import PrepareRecipe
@@ -40,6 +40,7 @@ __all__ = [
     "prepare_case",
     "restore_labels",
     "restore_logits",
+    "restore_scores",
     "roundtrip",
 ]
 
@@ -141,6 +142,13 @@ def restore_logits(logits_czyx: NDArray[np.floating], geometry: Geometry, region
     if regions is not None and len(regions) != len(logits_czyx):
         raise InputError(f"there are scores of {len(logits_czyx)} regions, but labels for {len(regions)}: {list(regions)}")
     return restore(len(logits_czyx), lambda index, rows: logits_czyx[index, rows], geometry, regions)
+
+
+def restore_scores(scores_czyx: NDArray[np.floating], geometry: Geometry) -> NDArray[np.floating]:
+    """Scores (heads, z, y, x) on the prepared grid -> native grid, in its axis order and their own dtype; NaN where none was seen."""
+    if tuple(scores_czyx.shape[1:]) != geometry.shape:
+        raise InputError(f"scores have shape {scores_czyx.shape[1:]}, but the case was prepared to {geometry.shape}")
+    return restore_each(len(scores_czyx), lambda index, rows: scores_czyx[index, rows], geometry, scores_czyx.dtype)
 
 
 def restore_labels(labels_zyx: NDArray[np.integer], geometry: Geometry) -> NDArray[np.int16]:

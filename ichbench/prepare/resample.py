@@ -68,12 +68,11 @@ def resample_labels(
     axis = separate_axis(spacing_mm, new_spacing_mm)
     if axis is None:
         return resize_labels(labels_zyx, shape)
-    stack = np.moveaxis(labels_zyx, axis, 0)
-    in_plane = tuple(n for other, n in enumerate(shape) if other != axis)
-    index = nearest_index(len(stack), shape[axis])
-    used, place = np.unique(index, return_inverse=True)  # slices that nobody will look at are not resized
-    resized = resize_labels(stack[used], (len(used), *in_plane))
-    return np.moveaxis(resized if len(used) == len(place) else resized[place], 0, axis)
+    out = np.empty(tuple(shape), dtype=labels_zyx.dtype)
+    slices, new_slices = np.moveaxis(labels_zyx, axis, 0), np.moveaxis(out, axis, 0)
+    for source, places in _used_slices(len(slices), len(new_slices)):
+        new_slices[places] = resize_labels(slices[source], new_slices.shape[1:])
+    return out
 
 
 def _used_slices(n_in: int, n_out: int) -> list[tuple[int, slice]]:

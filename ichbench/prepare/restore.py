@@ -1,4 +1,4 @@
-"""Class scores on the prepared grid -> labels on the native grid, some slices at a time.
+"""Class scores on the prepared grid -> labels (or the scores) on the native grid, some slices at a time.
 
 nnU-Net's part first (linear, or nearest across thick slices, in the precision of the scores), then one linear
 interpolation per axis that a flag has resized, then the decision: the highest score, ties to the lower class, or for
@@ -8,12 +8,13 @@ regions each score on its own. What no prepared voxel shows is background. A cas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.prepare.geometry import FlagGeometry, Geometry
+from ichbench.prepare.geometry import FlagGeometry, Geometry, Shape
 from ichbench.prepare.linear import Taps, linear_rows, linear_taps
 from ichbench.prepare.resample import separate_axis
 from ichbench.prepare.resize import interpolate_axis
@@ -32,6 +33,23 @@ PIECE = 2**21
 def restore(n: int, scores: Scores, geometry: Geometry, regions: Sequence[int] | None = None) -> NDArray[np.int16]:
     """The class of each native voxel: the index of the highest of n scores, or with `regions` the value of the last region
     whose probability (the sigmoid of its score) is above one half."""
+    out = np.zeros(_working_shape(geometry.flags), dtype=np.int16)
+    for part, native in _pieces(scores, geometry):
+        out[part] = _highest(n, native) if regions is None else _regions(regions, native)
+    return _turned(out, geometry.flags)
+
+
+def restore_each(n: int, scores: Scores, geometry: Geometry, dtype: np.dtype[np.floating]) -> FloatArray:
+    """The n scores (n, z, y, x) themselves on the native grid, NaN where no prepared voxel shows anything."""
+    out = np.full((n, *_working_shape(geometry.flags)), np.nan, dtype=dtype)
+    for part, native in _pieces(scores, geometry):
+        for index in range(n):
+            out[(index, *part)] = native(index)
+    return _turned(out, geometry.flags)
+
+
+def _pieces(scores: Scores, geometry: Geometry) -> Iterator[tuple[tuple[slice, slice, slice], Callable[[int], FloatArray]]]:
+    """Boxes that together are all native voxels (in working order) that the case shows, each with its scores by class."""
     flags = geometry.flags
     to_working = [flags.file_order[axis] for axis in geometry.transpose_forward]
     order = [to_working.index(axis) for axis in range(3)]
@@ -41,23 +59,31 @@ def restore(n: int, scores: Scores, geometry: Geometry, regions: Sequence[int] |
     if geometry.cropped_shape != geometry.shape:
         apart = separate_axis(geometry.new_spacing_mm, geometry.spacing_mm)
         axes = linear_taps(geometry.shape, geometry.cropped_shape, apart)
-    out = np.zeros(tuple(flags.native_shape[axis] for axis in flags.axes), dtype=np.int16)
-    inside = [slice(first, first + len(position)) for first, position in places]
-    position = places[along][1]
+    first, position = places[along]
     step = max(1, PIECE // max(1, int(np.prod(geometry.cropped_shape[1:]))))
     for begin in range(0, len(position), step):
         wanted = position[begin : begin + step]
         start, stop = int(np.floor(wanted.min())), int(np.ceil(wanted.max())) + 1
         here = [wanted - start if axis == along else places[axis][1] for axis in range(3)]
-        part = inside.copy()
-        part[along] = slice(inside[along].start + begin, inside[along].start + begin + len(wanted))
+        part = [slice(at, at + len(values)) for at, values in places]
+        part[along] = slice(first + begin, first + begin + len(wanted))
 
         def native(index: int, start: int = start, stop: int = stop, here: Sequence[NDArray[np.float64]] = here) -> FloatArray:
             return _to_native(_resampled(scores, index, axes, start, stop).transpose(order), here)
 
-        out[tuple(part)] = _highest(n, native) if regions is None else _regions(regions, native)
-    flipped = out[tuple(slice(None, None, -1) if flip else slice(None) for flip in flags.flips)]
-    return np.ascontiguousarray(flipped.transpose(np.argsort(flags.axes)))
+        yield (part[0], part[1], part[2]), native
+
+
+def _working_shape(flags: FlagGeometry) -> Shape:
+    z, y, x = (flags.native_shape[axis] for axis in flags.axes)
+    return z, y, x
+
+
+def _turned(volume: NDArray[Any], flags: FlagGeometry) -> NDArray[Any]:
+    """From working order to the case's own; leading axes stay."""
+    lead = volume.ndim - 3
+    flipped = volume[(..., *(slice(None, None, -1) if flip else slice(None) for flip in flags.flips))]
+    return np.ascontiguousarray(flipped.transpose(*range(lead), *(lead + axis for axis in np.argsort(flags.axes))))
 
 
 def _resampled(scores: Scores, index: int, axes: tuple[Taps, Taps, Taps] | None, start: int, stop: int) -> FloatArray:

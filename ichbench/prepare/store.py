@@ -11,6 +11,7 @@ A case appears whole or not at all: it is written beside its place and renamed. 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -134,11 +135,18 @@ def _case_table(place: Path, folder: Path) -> Mapping[str, Any]:
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> str:
+    """Write a .npy file and return its sha256, without reading it again."""
+    array = np.ascontiguousarray(array)
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+    digest = hashlib.sha256(head.getvalue())
+    digest.update(array.reshape(-1).view(np.uint8).data)
     with path.open("wb") as file:
-        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+        file.write(head.getvalue())
+        array.tofile(file)
         file.flush()
         os.fsync(file.fileno())
-    return _sha256(path)
+    return digest.hexdigest()
 
 
 def _read_array(path: Path, mode: Literal["r"] | None) -> NDArray[Any]:
