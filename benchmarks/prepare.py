@@ -8,6 +8,8 @@ End to end: fingerprint + plan + prepare of the ten, from the command to its end
 `nnUNetv2_plan_and_preprocess -c 3d_fullres -np CORES` (its processes start and import torch, as its users wait for it)
 beside a fresh `python benchmarks/prepare.py --prepare COHORT OUT`, which starts, imports and does the same with ours.
 
+The cohort has one plan (no flag is set), and the fingerprint repeats nnU-Net's own draw, so that both do the same work.
+
     pip install .[peers] && OMP_NUM_THREADS=1 python benchmarks/prepare.py [--out benchmarks/results/prepare.md]
 """
 
@@ -18,11 +20,13 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ import numpy as np
 SHAPE_ZYX = (28, 512, 512)
 DATASET = "Dataset917_Phantom"
 CONFIGURATION = "3d_fullres"
+REPEATS = 2
 
 
 def main() -> None:
@@ -39,7 +44,9 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=2026)
     arguments.add_argument("--cohort", type=Path, help="keep the phantoms here, or take them from here where they are")
     arguments.add_argument("--out", type=Path, help="write the tables here as well")
-    arguments.add_argument("--prepare", nargs=2, type=Path, metavar=("COHORT", "OUT"), help="only prepare a cohort with ours (used by the second table)")
+    arguments.add_argument(
+        "--prepare", nargs=2, type=Path, metavar=("COHORT", "OUT"), help="only prepare a cohort with ours (used by the second table)"
+    )
     given = arguments.parse_args()
     if given.prepare:
         prepare_cohort(*given.prepare)
@@ -74,7 +81,7 @@ def main() -> None:
 
 
 def write_cohort(folder: Path, n: int, seed: int) -> None:
-    """Full-size phantoms cut or continued to 28 slices, as an nnU-Net raw folder."""
+    """Full-size phantoms of 28 slices (some are left out, or the last repeated), as an nnU-Net raw folder."""
     from ichbench.cases.images import write_image, write_labels
     from ichbench.cases.phantom import make_case
     from ichbench.prepare.slices import take_slices
@@ -83,9 +90,133 @@ def write_cohort(folder: Path, n: int, seed: int) -> None:
         (folder / name).mkdir(parents=True)
     for index in range(n):
         case = make_case(index, "full", seed).case
-        extra = SHAPE_ZYX[0] - case.grid.shape_zyx[0]
-        case = take_slices(case, -extra // 2 if extra < 0 else 0, case.grid.shape_zyx[0]) if False else _of_28_slices(case, take_slices)
+        case = take_slices(case, 0, SHAPE_ZYX[0])
         write_image(folder / "imagesTr" / f"{case.id}_0000.nii.gz", case.image_czyx[0], case.grid)
         write_labels(folder / "labelsTr" / f"{case.id}.nii.gz", np.asarray(case.labels_zyx), case.grid)
     table = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "hemorrhage": 1}, "numTraining": n, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(table), encoding="utf-8")
+
+
+def prepare_cohort(folder: Path, out: Path) -> None:
+    """What a study's first step does: fingerprint, plan, and every case prepared, as nnU-Net would (compatibility "nnunet")."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ichbench.prepare.survey import cohort_fingerprint, cohort_plan
+
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.prepare.locations import location_classes
+    from ichbench.prepare.pipeline import prepare_case
+    from ichbench.prepare.store import write_prepared
+    from ichbench.recipe import PlanRecipe, PrepareRecipe
+
+    cohort, recipe, workers = read_cohort(folder), PrepareRecipe(compatibility="nnunet"), os.cpu_count() or 1
+    found = cohort_fingerprint(cohort, cohort.train_ids, recipe, workers)
+    plan = cohort_plan(cohort, found, recipe, PlanRecipe())
+    classes = location_classes(cohort.labels.values(), cohort.ignore_label)
+
+    def one(case_id: str) -> None:
+        write_prepared(out, prepare_case(cohort.load(case_id, keep_file_order=True), recipe, plan, classes))
+
+    with ThreadPoolExecutor(workers) as threads:
+        list(threads.map(one, cohort.train_ids))
+
+
+def end_to_end(folder: Path, cohort: Path) -> tuple[float, float]:
+    """Seconds of nnU-Net's command and of ours, each a new process."""
+    cores = str(os.cpu_count())
+    command = Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess"
+    theirs = [str(command), "-d", DATASET[7:10], "-c", CONFIGURATION, "-np", cores, "-npfp", cores]
+    ours = [sys.executable, __file__, "--prepare", str(cohort), str(folder / "ours")]
+    seconds = []
+    for run in (theirs, ours):
+        start = time.perf_counter()
+        subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - start)
+    return seconds[0], seconds[1]
+
+
+def per_core(folder: Path, cohort_folder: Path) -> tuple[list[dict[str, Any]], float]:
+    """Seconds per case of both, by nnU-Net's own plans, and the largest difference of the images."""
+    from dataclasses import replace
+
+    import blosc2
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.prepare.fingerprint import Fingerprint
+    from ichbench.prepare.locations import location_classes
+    from ichbench.prepare.pipeline import prepare_case
+    from ichbench.prepare.plan import make_plan
+    from ichbench.prepare.store import read_prepared, write_prepared
+    from ichbench.recipe import PlanRecipe, PrepareRecipe
+
+    preprocessed = folder / "preprocessed" / DATASET
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(CONFIGURATION)
+    cohort, recipe = read_cohort(cohort_folder), PrepareRecipe(compatibility="nnunet")
+    found = Fingerprint.from_json(json.loads((preprocessed / "dataset_fingerprint.json").read_text()))
+    ours = make_plan(found, PlanRecipe(), cohort.channel_names, len(cohort.labels), len(cohort.train_ids))
+    ours = replace(ours, spacing=tuple(configuration.spacing), transpose_forward=tuple(plans["transpose_forward"]))
+    classes = location_classes(cohort.labels.values(), cohort.ignore_label)
+    table = json.loads((cohort_folder / "dataset.json").read_text())
+    rows, worst = [], 0.0
+    for case_id in cohort.train_ids:
+        record = cohort.record(case_id)
+        row: dict[str, Any] = {"case": case_id, "spacing": cohort.metadata()[cohort.train_ids.index(case_id)]["spacing_y_mm"]}
+        seconds: dict[str, float] = {}
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            write_prepared(folder / "one", prepare_case(cohort.load(case_id, keep_file_order=True), recipe, ours, classes))
+            seconds["ours"] = min(seconds.get("ours", np.inf), time.perf_counter() - start)
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                DefaultPreprocessor(verbose=False).run_case_save(
+                    str(folder / "theirs"), [str(path) for path in record.images], str(record.label), manager, configuration, table
+                )
+            seconds["theirs"] = min(seconds.get("theirs", np.inf), time.perf_counter() - start)
+        prepared = read_prepared(folder / "one", case_id, verify=True)
+        image, labels = (blosc2.open(str(folder / f"theirs{name}.b2nd"), mode="r")[:] for name in ("", "_seg"))
+        with (folder / "theirs.pkl").open("rb") as file:
+            locations = pickle.load(file)["class_locations"]  # noqa: S301 - written by the line above
+        worst = max(worst, float(np.abs(image - prepared.image_czyx).max()))
+        if not np.array_equal(labels[0], prepared.labels_zyx):
+            raise SystemExit(f"{case_id}: the labels differ")
+        if not all(np.array_equal(prepared.foreground[key], np.asarray(at)[:, 1:]) for key, at in locations.items()):
+            raise SystemExit(f"{case_id}: the class locations differ")
+        rows.append(row | seconds | {"shape": "x".join(map(str, prepared.geometry.shape))})
+    return rows, worst
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| case of 28x512x512 | in plane, mm | prepared | nnU-Net 2.8.1, s | ichbench, s | times faster |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        spacing = f"{float(row['spacing']):.3f}"
+        lines.append(
+            f"| {row['case']} | {spacing} | {row['shape']} | {row['theirs']:.2f} | {row['ours']:.2f} | {row['theirs'] / row['ours']:.1f} |"
+        )
+    theirs, ours = (float(np.mean([row[key] for row in rows])) for key in ("theirs", "ours"))
+    lowest = min(row["theirs"] / row["ours"] for row in rows)
+    lines.append(f"| mean | | | {theirs:.2f} | {ours:.2f} | {theirs / ours:.1f} (least {lowest:.1f}) |")
+    return lines
+
+
+def machine() -> str:
+    try:
+        name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    import scipy
+
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, SciPy {scipy.__version__}, nnunetv2 {version('nnunetv2')}"
+    threads = os.environ.get("OMP_NUM_THREADS", "default")
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    return f"{name}, {os.cpu_count()} cores (load at the end {load}), OMP_NUM_THREADS={threads}, {versions}; best of {REPEATS}."
+
+
+if __name__ == "__main__":
+    main()
