@@ -93,8 +93,12 @@ class PlanRecipe(Strict):
     """Fingerprint -> Plan, by nnU-Net's rules."""
 
     dims: Literal[2, 3] = 3
-    #: what nnU-Net calls the GPU memory target; scales patch and batch size
-    memory_gb: Positive = 8.0
+    #: nnU-Net's planner: the plain U-Net, or one with a residual encoder (M, L and XL, and the older one without a letter)
+    family: Literal["plain", "resenc", "resenc_m", "resenc_l", "resenc_xl"] = "plain"
+    #: lowres: the low-resolution 3D stage that nnU-Net puts below a full-resolution one whose patch shows little of a case
+    stage: Literal["fullres", "lowres"] = "fullres"
+    #: what nnU-Net calls the GPU memory target; scales patch and batch size; auto: what the family is made for (8, L: 24, XL: 40)
+    memory_gb: Literal["auto"] | Positive = "auto"
     base_features: Annotated[int, Field(ge=1)] = 32
     #: auto: 320 in 3D and 512 in 2D
     max_features: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -102,6 +106,8 @@ class PlanRecipe(Strict):
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     #: working spacing along the plan's axes (coarsest first), mm; auto: nnU-Net's rule
     spacing_mm: Literal["auto"] | tuple[Positive, ...] = "auto"
+    #: nnU-Net's -overwrite_target_spacing: three spacings along the array's axes, mm; the coarsest then comes first
+    target_spacing_zyx_mm: Literal["auto"] | tuple[Positive, Positive, Positive] = "auto"
     #: coverage of the median shape below which nnU-Net would add a low-resolution stage (v2: 0.25, the paper: 0.125)
     lowres_coverage: Probability = 0.25
 
@@ -215,6 +221,10 @@ class Recipe(Strict):
             value = getattr(plan, name)
             if value != "auto" and len(value) != plan.dims:
                 raise ValueError(f"{name} has {len(value)} entries, but dims = {plan.dims}")
+        if plan.stage == "lowres" and plan.dims == 2:
+            raise ValueError("stage = 'lowres' is a 3D configuration, but dims = 2")
+        if plan.spacing_mm != "auto" and plan.target_spacing_zyx_mm != "auto":
+            raise ValueError("spacing_mm and target_spacing_zyx_mm both fix the spacing; set one of them")
         return plan
 
     def stage_keys(self) -> dict[str, str]:

@@ -11,7 +11,8 @@ import pytest
 
 from ichbench.errors import InputError
 from ichbench.prepare.fingerprint import Fingerprint
-from ichbench.prepare.plan import Plan, feature_map_elements, make_plan, topology
+from ichbench.prepare.plan import Plan, make_plan
+from ichbench.prepare.topology import feature_map_elements, topology
 from ichbench.recipe import PlanRecipe
 
 FACTS = {"mean": 40.0, "std": 10.0, "median": 40.0, "min": 0.0, "max": 90.0, "percentile_00_5": 10.0, "percentile_99_5": 80.0}

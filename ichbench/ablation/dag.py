@@ -24,7 +24,7 @@ Kind = Literal["prepare", "train", "predict", "score"]
 
 #: the modules whose sources (with all they import) decide a step's result
 STAGE_MODULES: dict[Kind, tuple[str, ...]] = {
-    "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.plan", "ichbench.prepare.store"),
+    "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.survey", "ichbench.prepare.store"),
     "train": ("ichbench.prepare.store", "ichbench.training.trainer"),
     "predict": ("ichbench.cases.cohort", "ichbench.inference.predictors", "ichbench.network.weights"),
     "score": ("ichbench.cases.cohort", "ichbench.scoring.score", "ichbench.scoring.tables"),

@@ -153,10 +153,9 @@ def last_message(folder: Path) -> str:
 
 def _prepare(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
-    from ichbench.prepare.fingerprint import fingerprint
-    from ichbench.prepare.pipeline import flagged_case, prepare_case
-    from ichbench.prepare.plan import make_plan
+    from ichbench.prepare.pipeline import prepare_case
     from ichbench.prepare.store import write_prepared
+    from ichbench.prepare.survey import cohort_fingerprint, cohort_plan
     from ichbench.recipe import PlanRecipe, PrepareRecipe
 
     prepare, plan_recipe = task.model("prepare", PrepareRecipe), task.model("plan", PlanRecipe)
@@ -164,10 +163,8 @@ def _prepare(task: Task) -> dict[str, Any]:
     _check_digests(cohort, task.spec["cases"])
     ids = list(task.spec["cases"])
     keep = prepare.compatibility == "nnunet"
-    found = fingerprint(flagged_case(cohort.load(name, keep), prepare, cohort.channel_names)[0] for name in ids)
-    n_labels = len(cohort.labels)
-    neighbours = 0 if prepare.neighbour_slices == "off" else prepare.neighbour_slices
-    plan = make_plan(found, plan_recipe, cohort.channel_names, n_labels, len(ids), neighbours)
+    found = cohort_fingerprint(cohort, ids, prepare)
+    plan = cohort_plan(cohort, found, prepare, plan_recipe)
     write_atomically(task.out / "fingerprint.json", json.dumps(found.to_json(), indent=1).encode())
     write_atomically(task.out / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
     print("\n".join(plan.explain()), flush=True)  # noqa: T201

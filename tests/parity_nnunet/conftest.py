@@ -25,6 +25,8 @@ if HAVE_NNUNET:
     for name in ("raw", "preprocessed", "results"):
         (FOLDERS / name).mkdir()
         os.environ[f"nnUNet_{name}"] = str(FOLDERS / name)
+    # else it asks the shell for the host's name before every guess of memory
+    os.environ["nnUNet_n_proc_DA"] = "1"
 
 
 def pytest_report_header() -> str:
