@@ -41,6 +41,17 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, mmap: bool) -> None:
     assert (found.geometry, found.notes, found.id) == (case.geometry, case.notes, case.id)
 
 
+def test_regions_and_annotated_voxels_keep_their_keys(tmp_path: Path) -> None:
+    case = prepared()
+    assert case.labels_zyx is not None
+    foreground = foreground_locations(case.labels_zyx, (2, (1,), (2, 1), (-1, 0, 1, 2), 7))
+    write_prepared(tmp_path, replace(case, foreground=foreground))
+    found = read_prepared(tmp_path, case.id, verify=True).foreground
+    assert set(found) == {2, (1,), (2, 1), (-1, 0, 1, 2), 7}
+    for key, at in foreground.items():
+        np.testing.assert_array_equal(found[key], at)
+
+
 def test_a_test_case_has_no_labels(tmp_path: Path) -> None:
     write_prepared(tmp_path, replace(prepared(), labels_zyx=None, foreground={}))
     assert sorted(path.name for path in (tmp_path / "case_1").iterdir()) == ["case.json", "image.npy"]

@@ -27,7 +27,7 @@ Scores = Callable[[int, slice], FloatArray]
 ABOVE_HALF = np.float32(1.5 * 2.0**-24)
 
 #: about so many native voxels are decided at once
-PIECE = 2**21
+PIECE = 2**20
 
 
 def restore(n: int, scores: Scores, geometry: Geometry, regions: Sequence[int] | None = None) -> NDArray[np.int16]:
