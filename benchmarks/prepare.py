@@ -61,6 +61,7 @@ def main() -> None:
             write_cohort(cohort, given.cases, given.seed)
         (folder / "raw" / DATASET).symlink_to(cohort.resolve())
         theirs_s, ours_s = end_to_end(folder, cohort)
+        print(f"end to end: {theirs_s:.1f} s and {ours_s:.1f} s", flush=True)
         rows, worst = per_core(folder, cohort)
     lines = table(rows)
     lines += ["", f"Arrays of both: largest difference of the images {worst:.1e}, labels equal, class locations equal.", ""]
@@ -170,6 +171,8 @@ def per_core(folder: Path, cohort_folder: Path) -> tuple[list[dict[str, Any]], f
             start = time.perf_counter()
             write_prepared(folder / "one", prepare_case(cohort.load(case_id, keep_file_order=True), recipe, ours, classes))
             seconds["ours"] = min(seconds.get("ours", np.inf), time.perf_counter() - start)
+            for old in folder.glob("theirs*"):
+                old.unlink()
             start = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
                 DefaultPreprocessor(verbose=False).run_case_save(
