@@ -331,7 +331,7 @@ def plan(
     planned = cohort_plans(found, measured, chosen.prepare, chosen.plan)
     n_cases, n_labels = len(measured.spacings), label_counts(found)[0]
     typer.echo(f"cohort {found.name}: {n_cases} training cases; planner {chosen.plan.family} (nnU-Net's {planner.planner})\n")
-    typer.echo("\n".join(explain_planned(planned, planner, n_labels)))
+    typer.echo("\n".join(explain_planned(planned, planner, n_labels, n_cases)))
     typer.echo("\n" + "\n".join(planned_table(planned)))
     if out is not None:
         plans = {name: sized.plan for name, sized in planned.configurations.items()}
@@ -351,11 +351,9 @@ def _measured(
     fingerprint: Path | None = None,
 ) -> tuple[Any, Any, Any]:
     """The cohort, its fingerprint (read, if a file is given) and the recipe."""
-    import json
-
     from ichbench.arms import load_overlay
     from ichbench.cases.cohort import read_cohort
-    from ichbench.prepare.fingerprint import Fingerprint
+    from ichbench.prepare.fingerprint import read_fingerprint
     from ichbench.prepare.nnunet_files import check_expressible
     from ichbench.prepare.survey import cohort_fingerprint
     from ichbench.recipe import make_recipe
@@ -370,13 +368,7 @@ def _measured(
     if for_nnunet:
         check_expressible(found, chosen.prepare)
     if fingerprint is not None:
-        try:
-            read = Fingerprint.from_json(json.loads(fingerprint.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise InputError(f"{fingerprint}: is not JSON ({error}); give a dataset_fingerprint.json") from None
-        if len(read.spacings) != len(found.train_ids):
-            raise InputError(f"{fingerprint}: is of {len(read.spacings)} cases, but the cohort has {len(found.train_ids)} training cases")
-        return found, read, chosen
+        return found, read_fingerprint(fingerprint, len(found.train_ids)), chosen
     n_cases = len(found.train_ids)
     with typer.progressbar(length=n_cases, label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         n_workers = min(available_cores(), n_cases) if workers is None else workers

@@ -17,27 +17,23 @@ def nonzero_box(image_czyx: NDArray[np.floating]) -> tuple[Box, NDArray[np.bool_
 
     An image of zeros gives the full box and an empty mask. Hole filling cannot enlarge the box, so it is done inside it.
     """
-    box, mask = _box_of(image_czyx)
-    return box, fill_holes(mask) if mask.any() else mask
-
-
-def nonzero_extent(image_czyx: NDArray[np.floating]) -> Box:
-    """The box of `nonzero_box` alone, which needs no hole filled."""
-    return _box_of(image_czyx)[0]
-
-
-def _box_of(image_czyx: NDArray[np.floating]) -> tuple[Box, NDArray[np.bool_]]:
     mask = image_czyx[0] != 0
     for channel in image_czyx[1:]:
         mask |= channel != 0
+    box = extent(mask)
+    inside = mask[slices(box)]
+    return box, fill_holes(inside) if inside.any() else inside
+
+
+def extent(mask_zyx: NDArray[np.bool_]) -> Box:
+    """Half-open box around what is set; the full box where nothing is."""
     spans = []
     for axis in range(3):
-        found = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        found = np.flatnonzero(mask_zyx.any(axis=tuple(other for other in range(3) if other != axis)))
         if not len(found):
-            return _full(mask.shape), mask
+            return _full(mask_zyx.shape)
         spans.append((int(found[0]), int(found[-1]) + 1))
-    box: Box = (spans[0], spans[1], spans[2])
-    return box, mask[slices(box)]
+    return spans[0], spans[1], spans[2]
 
 
 def fill_holes(mask_zyx: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ichbench.prepare.configuration import Plan
 from ichbench.prepare.fingerprint import Fingerprint
-from ichbench.prepare.plan import Lowres, Planned, Sized
+from ichbench.prepare.plan import SMALLEST_BATCH, Lowres, Planned, Sized
 from ichbench.prepare.resample import ANISOTROPY
 from ichbench.prepare.target import Target
 from ichbench.prepare.topology import REFERENCE_BATCH, Family
@@ -40,12 +40,12 @@ def explain_fingerprint(found: Fingerprint, channels: Sequence[str]) -> list[str
     return lines
 
 
-def explain_planned(planned: Planned, family: Family, n_labels: int) -> list[str]:
+def explain_planned(planned: Planned, family: Family, n_labels: int, n_cases: int) -> list[str]:
     """Every decision and its reason: spacing, patch, batch, low-resolution stage, grey values."""
     lines = ["Spacing", *_indented(_spacing(planned.target))]
     for name, sized in planned.configurations.items():
         if name != "3d_cascade_fullres":
-            lines += ["", f"{name}: why this patch and batch", *_indented(_size(sized, planned.target, family, n_labels))]
+            lines += ["", f"{name}: why this patch and batch", *_indented(_size(sized, planned.target, family, n_labels, n_cases))]
     lines += ["", "Low resolution and cascade", *_indented(_lowres(planned.lowres, planned.target))]
     plan = planned.configurations["2d"].plan
     return [*lines, "", "Grey values", *_indented(plan.explain_norm())]
@@ -62,28 +62,43 @@ def planned_table(planned: Planned) -> list[str]:
 def _spacing(target: Target) -> list[str]:
     names = ", ".join(AXES)
     lines = [f"The median spacing of the cases is {_x(target.median_zyx_mm)} mm ({names}), their median shape {_x(target.typical_shape)}."]
-    worst = int(np.argmax(target.median_zyx_mm))
-    others = [axis for axis in range(3) if axis != worst]
-    widest, fewest = max(target.median_zyx_mm[axis] for axis in others), min(target.typical_shape[axis] for axis in others)
-    ratio, slices = target.median_zyx_mm[worst] / widest, fewest / target.typical_shape[worst]
-    facts = f"{AXES[worst]} is {ratio:.3g} times coarser than the next axis and has {slices:.3g} times fewer voxels"
     if target.chosen:
         lines.append(f"The recipe fixes the working spacing: {_x(target.spacing_zyx_mm)} mm ({names}).")
-    elif target.refined_axis is not None:
-        lines.append(
-            f"{facts}; both are above {ANISOTROPY}, so the median would blur what the thinnest slices show: "
-            f"{AXES[worst]} takes the 10th percentile of the cases, {target.spacing_zyx_mm[worst]:g} mm."
-        )
     else:
-        lines.append(f"{facts}; not both are above {ANISOTROPY}, so every axis takes its median: {_x(target.spacing_zyx_mm)} mm.")
+        lines.append(_rule(target))
     first = AXES[target.transpose_forward[0]]
     order = ", ".join(AXES[axis] for axis in target.transpose_forward)
-    lines.append(f"Axis {first} has the coarsest working spacing and comes first; all numbers below are in the order {order}.")
+    coarsest = "has the coarsest working spacing" if len(set(target.spacing_zyx_mm)) > 1 else "is the first of three equal ones"
+    lines.append(f"Axis {first} {coarsest} and comes first; all numbers below are in the order {order}.")
     lines.append(f"At the working spacing the median case has {_x(target.median_shape)} voxels.")
     return lines
 
 
-def _size(sized: Sized, target: Target, family: Family, n_labels: int) -> list[str]:
+def _rule(target: Target) -> str:
+    """Which axis is coarsest, by how much, and what nnU-Net makes of it."""
+    worst = int(np.argmax(target.median_zyx_mm))
+    others = [axis for axis in range(3) if axis != worst]
+    widest, fewest = max(target.median_zyx_mm[axis] for axis in others), min(target.typical_shape[axis] for axis in others)
+    if target.median_shape[0] == 1 and target.typical_shape[worst] == 1:
+        plane = [target.spacing_zyx_mm[axis] for axis in others]
+        return f"The cases have one voxel along {AXES[worst]}, so only the other axes matter; they take their median: {_x(plane)} mm."
+    if target.median_zyx_mm[worst] == widest:
+        return f"No axis is coarser than all others, so every axis takes its median: {_x(target.spacing_zyx_mm)} mm."
+    name, ratio, fewer = AXES[worst], target.median_zyx_mm[worst] / widest, fewest / target.typical_shape[worst]
+    voxels = f"{fewer:,.1f} times fewer voxels" if fewer > 1 else "no fewer voxels"
+    facts = f"{name} is {ratio:.3g} times coarser than the next axis and has {voxels}"
+    if target.refined_axis is None:
+        both = f"only where both are above {ANISOTROPY} does nnU-Net leave the median"
+        return f"{facts}; {both}, so every axis takes its median: {_x(target.spacing_zyx_mm)} mm."
+    taken = target.spacing_zyx_mm[worst]
+    if taken == widest + 1e-5:
+        tenth = f"10th percentile of the cases, but not less than the other axes: {taken:g} mm"
+    else:
+        tenth = f"10th percentile of the cases, {taken:g} mm{' (which is the median, too)' if taken == target.median_zyx_mm[worst] else ''}"
+    return f"{facts}. Both are above {ANISOTROPY}: to keep the detail of thin slices, {name} takes the {tenth}."
+
+
+def _size(sized: Sized, target: Target, family: Family, n_labels: int, n_cases: int) -> list[str]:
     plan, fit = sized.plan, sized.fit
     names = [AXES[axis] for axis in target.transpose_forward[3 - plan.dims :]]
     if fit is None:
@@ -93,7 +108,8 @@ def _size(sized: Sized, target: Target, family: Family, n_labels: int) -> list[s
         lines = [
             f"It starts from a {shape} voxels that is equally long in mm, {_x(fit.isotropic)}; cut to the median case and padded "
             f"to whole bottleneck voxels that is {_x(fit.first)}.",
-            f"A sample of it needs {_m(fit.first_estimate)} feature-map elements with {n_labels} labels; the budget is {_m(fit.budget)}.",
+            f"A sample of it needs {_m(fit.first_estimate)} feature-map elements with {n_labels} labels, and may take {_m(fit.budget)}: "
+            f"a batch of {REFERENCE_BATCH[plan.dims] if family.fill_batch else 2} has to fit.",
         ]
         if fit.shrinks:
             counts = {axis: sum(step.axis == axis for step in fit.shrinks) for axis in dict.fromkeys(step.axis for step in fit.shrinks)}
@@ -106,18 +122,16 @@ def _size(sized: Sized, target: Target, family: Family, n_labels: int) -> list[s
             )
         else:
             lines.append("That fits, so nothing is cut.")
-    reference = REFERENCE_BATCH[plan.dims]
-    share = f"{family.batch_share:.0%} of the cohort's voxels (by median case)"
-    memory = f"{sized.fitting} such samples fit where the planner fits {reference} of its reference"
-    chosen = max(min(sized.fitting, sized.share), 2)
+    memory = f"The memory holds {sized.fitting} such samples"
+    most = f"{family.batch_share:.0%} of the cohort's voxels ({n_cases} median cases), the most that a batch may show, are {sized.share}"
+    chosen = max(min(sized.fitting, sized.share), SMALLEST_BATCH)
     if plan.batch_size != chosen:
-        lines.append(f"The recipe chose the batch: {plan.batch_size}.")
-    elif sized.share < sized.fitting:
-        least = ", but a batch is never below 2" if sized.share < 2 else ""
-        lines.append(f"{memory}, but {share} are {sized.share}{least}: batch {plan.batch_size}.")
+        lines.append(f"{memory}; the recipe chose the batch: {plan.batch_size}.")
     else:
-        lines.append(f"{memory}; {share} are {sized.share}, no limit: batch {plan.batch_size}.")
-    lines.append(f"{plan.n_stages} stages: an axis is halved while its spacing is below twice the finest and 4 voxels remain.")
+        least = f", and a batch has at least {SMALLEST_BATCH}" if chosen > min(sized.fitting, sized.share) else ""
+        lines.append(f"{memory}{', but' if sized.share < sized.fitting else ';'} {most}{least}: batch {plan.batch_size}.")
+    halved = "at each but the first, the axes with less than twice the finest spacing are halved, down to 4 voxels at the least"
+    lines.append(f"{plan.n_stages} stages: {halved}.")
     return lines
 
 
@@ -135,8 +149,8 @@ def _lowres(lowres: Lowres | None, target: Target) -> list[str]:
     few = f"{seen}, less than {limit}."
     if lowres.sized is None:
         return [
-            f"{few} The spacing was made coarser {_times(lowres.steps)}, by 3 % each, until the patch showed enough; the case then has only "
-            f"{lowres.gain:.3g} times fewer voxels, and less than 2 is not worth a stage: there is none."
+            f"{few} The spacing was made coarser {_times(lowres.steps)}, by 3 % each, until the patch showed enough; the case then has "
+            f"only {lowres.gain:.3g} times fewer voxels, and less than 2 is not worth a stage: there is none."
         ]
     plan = lowres.sized.plan
     return [

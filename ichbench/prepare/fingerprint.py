@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ichbench.cases.case import Case
 from ichbench.errors import InputError
-from ichbench.prepare.crop import nonzero_extent, slices
+from ichbench.prepare.crop import extent, slices
 
 #: nnU-Net draws this many foreground voxels in all, shared evenly between the cases
 N_SAMPLES = 10**8
@@ -68,6 +69,17 @@ class Fingerprint:
             raise InputError(f"not a dataset fingerprint: {error!r}; prepare the cohort again") from None
 
 
+def read_fingerprint(path: Path, n_cases: int) -> Fingerprint:
+    """A fingerprint file, ours or nnU-Net's, of that many cases; `InputError` where it is not one."""
+    try:
+        found = Fingerprint.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); give a dataset_fingerprint.json") from None
+    if len(found.spacings) != n_cases:
+        raise InputError(f"{path}: was taken of {len(found.spacings)} cases, but there are {n_cases} training cases; take it again")
+    return found
+
+
 @dataclass(frozen=True)
 class CaseFacts:
     """One case's share of the fingerprint; `foreground` (channels, voxels) are its values where a label is above 0."""
@@ -82,7 +94,8 @@ def case_facts(case: Case) -> CaseFacts:
     """Measure one case (after the flags). All labels above 0 are foreground, an ignore label included, as in nnU-Net."""
     if case.labels_zyx is None:
         raise InputError(f"case {case.id} has no labels; a fingerprint is taken over labelled training cases")
-    box = nonzero_extent(case.image_czyx)
+    # without its holes filled, which cannot enlarge the box
+    box = extent((case.image_czyx != 0).any(axis=0))
     shape = (box[0][1] - box[0][0], box[1][1] - box[1][0], box[2][1] - box[2][0])
     inside = slices(box)
     values = case.image_czyx[(slice(None), *inside)][:, case.labels_zyx[inside] > 0]

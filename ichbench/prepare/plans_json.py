@@ -7,6 +7,7 @@ build or prepare (another architecture, preprocessor or resampling) is refused w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ RESAMPLING = {
 }
 RESAMPLER, PREPROCESSOR, LABEL_MANAGER = "resample_data_or_seg_to_shape", "DefaultPreprocessor", "LabelManager"
 NORM = {"eps": 1e-5, "affine": True}
+MOST_STAGES = 32
 IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 
 
@@ -99,16 +101,18 @@ def plan_of(table: Mapping[str, Any], configuration: str, dataset: Mapping[str, 
     dataset  content of the `dataset.json` beside it: channel names and labels
     """
     where = f"{source}, configuration {configuration!r}"
-    chain = _chain(table["configurations"], configuration, source)
-    merged: dict[str, Any] = {}
-    for name in reversed(chain):
-        merged |= table["configurations"][name]
     try:
+        chain = _chain(table["configurations"], configuration, source)
+        merged: dict[str, Any] = {}
+        for name in reversed(chain):
+            merged |= table["configurations"][name]
         network, kwargs = _architecture(merged, where)
         return _plan(table, configuration, chain, merged, network, kwargs, dataset, where)
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"{where}: the entry {error} is missing; plan again with nnU-Net or take a complete file") from None
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{where}: does not read as a plan ({error}); plan again with nnU-Net or correct the file") from None
 
 
@@ -228,7 +232,9 @@ def _plan(
     where: str,
 ) -> Plan:
     patch = _ints(merged["patch_size"])
-    dims, n_stages = len(patch), int(kwargs["n_stages"])
+    dims, n_stages = len(patch), _ints([kwargs["n_stages"]])[0]
+    if dims not in (2, 3) or n_stages > MOST_STAGES:
+        raise InputError(f"{where}: a patch of {dims} axes and a network of {n_stages} stages cannot be; correct the file")
     _check_supported(table, merged, kwargs, dims, where)
     names = dataset["channel_names"] if "channel_names" in dataset else dataset["modality"]
     channels = tuple(str(names[key]) for key in sorted(names, key=int))
@@ -237,16 +243,16 @@ def _plan(
     strides, kernels = _per_stage(kwargs["strides"], n_stages, dims), _per_stage(kwargs["kernel_sizes"], n_stages, dims)
     features = _counts(kwargs["features_per_stage"], n_stages)
     convs, decoder = _counts(kwargs[DEPTH_KEY[network]], n_stages), _counts(kwargs["n_conv_per_stage_decoder"], n_stages - 1)
-    low = table["configurations"].get("3d_lowres")
+    low = table["configurations"].get("3d_lowres") if "3d_fullres" in chain else None
     next_stage = merged.get("next_stage") or ()
     plan = Plan(
         dims=dims,
-        spacing=tuple(float(value) for value in merged["spacing"]),
-        transpose_forward=_ints(table["transpose_forward"]),
-        transpose_backward=_ints(table["transpose_backward"]),
+        spacing=_numbers(merged["spacing"]),
+        transpose_forward=_ints(table["transpose_forward"], least=0),
+        transpose_backward=_ints(table["transpose_backward"], least=0),
         patch_size=patch,
-        batch_size=int(merged["batch_size"]),
-        median_shape=tuple(merged["median_image_size_in_voxels"]),
+        batch_size=_ints([merged["batch_size"]])[0],
+        median_shape=_numbers(merged["median_image_size_in_voxels"]),
         n_stages=n_stages,
         features=features,
         strides=strides,
@@ -260,7 +266,7 @@ def _plan(
         intensities={str(key): {name: float(one) for name, one in value.items()} for key, value in (intensities or {}).items()},
         batch_dice=bool(merged["batch_dice"]),
         estimate=feature_map_elements(patch, strides, features, n_labels, network, convs, decoder),
-        lowres_spacing=tuple(float(value) for value in low["spacing"]) if low and "3d_fullres" in chain else None,
+        lowres_spacing=_numbers(low["spacing"]) if low else None,
         family=network,
         convs_per_stage=convs,
         decoder_convs=decoder,
@@ -308,8 +314,6 @@ def _check_consistent(plan: Plan, where: str) -> None:
         raise InputError(f"{where}: patch_size {list(plan.patch_size)} is not a multiple of the strides' product {divisor.tolist()}")
     if not len(plan.channels) == len(plan.normalization) == len(plan.use_mask_for_norm):
         raise InputError(f"{where}: normalises {len(plan.normalization)} channels, but dataset.json names {len(plan.channels)}")
-    if min(*plan.patch_size, plan.batch_size, *plan.features, *plan.convs_per_stage) < 1 or min(plan.spacing) <= 0:
-        raise InputError(f"{where}: patch, batch, features, convolutions and spacing must all be above 0")
 
 
 def _per_stage(said: Any, n_stages: int, dims: int) -> tuple[Ints, ...]:
@@ -328,7 +332,14 @@ def _counts(said: Any, n: int) -> Ints:
     return found
 
 
-def _ints(values: Any) -> Ints:
-    if any(isinstance(value, bool) or value != int(value) for value in values):
-        raise ValueError(f"whole numbers are needed, not {values}")
+def _ints(values: Any, least: int = 1) -> Ints:
+    if any(isinstance(value, bool) or value != int(value) or value < least for value in values):
+        raise ValueError(f"whole numbers from {least} are needed, not {values}")
     return tuple(int(value) for value in values)
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    """Positive numbers as they are: a whole one stays whole, as nnU-Net writes it."""
+    if not all(isinstance(value, int | float) and 0 < value < math.inf for value in values):
+        raise ValueError(f"positive numbers are needed, not {values}")
+    return tuple(values)
