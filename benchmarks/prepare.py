@@ -102,12 +102,11 @@ def prepare_cohort(folder: Path, out: Path) -> None:
     """What a study's first step does: fingerprint, plan, and every case prepared, as nnU-Net would (compatibility "nnunet")."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from ichbench.prepare.survey import cohort_fingerprint, cohort_plan
-
     from ichbench.cases.cohort import read_cohort
     from ichbench.prepare.locations import location_classes
     from ichbench.prepare.pipeline import prepare_case
     from ichbench.prepare.store import write_prepared
+    from ichbench.prepare.survey import cohort_fingerprint, cohort_plan
     from ichbench.recipe import PlanRecipe, PrepareRecipe
 
     cohort, recipe, workers = read_cohort(folder), PrepareRecipe(compatibility="nnunet"), os.cpu_count() or 1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ichbench.prepare.crop import FEW, crop_to_nonzero, fill_holes, nonzero_box
+from ichbench.prepare.crop import FEW, crop_to_nonzero, extent, fill_holes, nonzero_box
 
 
 @given(st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7)), st.floats(0, 1), st.integers(0, 999))
