@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.prepare.linear import resize_labels, resize_linear
-from ichbench.prepare.resize import nearest_index, resize
+from ichbench.prepare.resize import nearest_index, resize_into
 
 #: above this ratio of the coarsest to the finest spacing an axis is resampled apart, and planned as anisotropic
 ANISOTROPY = 3
@@ -51,11 +51,12 @@ def resample_image(
         if order == 1:
             new[...] = resize_linear(channel, shape, axis)
         elif axis is None:
-            new[...] = resize(channel, shape, order)
+            resize_into(new, channel, order)
         else:
             slices, new_slices = np.moveaxis(channel, axis, 0), np.moveaxis(new, axis, 0)
             for source, places in _used_slices(len(slices), len(new_slices)):
-                new_slices[places] = resize(slices[source], new_slices.shape[1:], order)
+                resize_into(new_slices[places.start], slices[source], order)
+                new_slices[places.start + 1 : places.stop] = new_slices[places.start]
     return out
 
 

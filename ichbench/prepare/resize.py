@@ -59,6 +59,8 @@ def resize_matrix(n_in: int, n_out: int, order: int) -> NDArray[np.float64]:
 @lru_cache(maxsize=64)
 def resize_blocks(n_in: int, n_out: int, order: int) -> tuple[tuple[slice, slice, NDArray[np.float64]], ...]:
     """`resize_matrix` in blocks (output rows, input columns, values), because entries far from the diagonal are 0."""
+    if n_in == n_out:
+        return tuple((slice(at, at + 1), slice(at, at + 1), np.ones((1, 1))) for at in range(n_in))
     matrix, blocks = resize_matrix(n_in, n_out, order), []
     for start in range(0, n_out, BLOCK_ROWS):
         rows = matrix[start : start + BLOCK_ROWS]
@@ -89,19 +91,39 @@ def resize(array: FloatArray, shape: Sequence[int], order: int, stacked: bool = 
     """
     if tuple(shape) == array.shape:
         return array.astype(np.float64)
-    if order == 0:
-        return np.asarray(_take_nearest(array, shape), dtype=np.float64)
-    if stacked:  # one image at a time stays in the processor's cache
-        return np.stack([resize(image, shape[1:], order) for image in array])
-    out: NDArray[np.float64] = array.astype(np.float64)
-    low, high = out.min(), out.max()
+    out = np.empty(tuple(shape))
+    if stacked:
+        for image, place in zip(array, out, strict=True):
+            resize_into(place, image, order)
+    else:
+        resize_into(out, array, order)
+    return out
+
+
+def resize_into(out: FloatArray, array: FloatArray, order: int) -> None:
+    """`resize` of one image into `out`, in its shape and type. Only some slices of a volume are held in float64."""
+    shape = out.shape
+    if order == 0 or shape == array.shape:
+        out[...] = _take_nearest(array, shape)
+        return
+    low, high = array.min(), array.max()
     if int(np.prod(shape)) <= SMALL:
-        return np.clip(zoom(out, shape, order), low, high)
+        out[...] = np.clip(zoom(array.astype(np.float64), shape, order), low, high)
+    elif array.ndim == 2:
+        out[...] = np.clip(_along_all_axes(array.astype(np.float64), shape, order), low, high)
+    else:
+        for rows, columns, values in resize_blocks(array.shape[0], shape[0], order):
+            slab = np.matmul(values, array[columns].astype(np.float64).reshape(values.shape[1], -1))
+            for plane, place in zip(slab.reshape(-1, *array.shape[1:]), out[rows], strict=True):
+                place[...] = np.clip(_along_all_axes(plane, shape[1:], order), low, high)
+
+
+def _along_all_axes(array: NDArray[np.float64], shape: Sequence[int], order: int) -> NDArray[np.float64]:
     # shrinking axes first keeps the intermediate arrays small; the result does not depend on the order
     for axis in sorted(range(array.ndim), key=lambda axis: shape[axis] / array.shape[axis]):
         if shape[axis] != array.shape[axis]:
-            out = resize_axis(out, axis, shape[axis], order)
-    return np.clip(out, low, high, out=out)
+            array = resize_axis(array, axis, shape[axis], order)
+    return array
 
 
 def nearest_index(n_in: int, n_out: int) -> NDArray[np.intp]:
