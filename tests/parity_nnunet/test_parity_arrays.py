@@ -37,6 +37,8 @@ from nn_arrays import (
     their_way_back,
     theirs,
 )
+from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 from ichbench.cases.case import Case
@@ -78,6 +80,35 @@ def test_full_size_phantoms_with_odd_spacings(index: int, fresh_seed: int, tmp_p
     facts = {"0": {"mean": 55.5, "std": 21.25, "percentile_00_5": 4.0, "percentile_99_5": 103.5}}
     plan = a_plan(target, forward, facts=facts)
     _check_files(rng, image_file, label_file, plan, BLEED)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+def test_small_files_of_every_orientation(ending: str, fresh_seed: int, tmp_path: Path) -> None:
+    """Voxels and spacing as SimpleITKIO (.nii.gz) and NibabelIO (.nii) read them: any axes, oblique too, either form, scaled values."""
+    reader = (SimpleITKIO if ending == ".nii.gz" else NibabelIO)()
+    for number in range(40):
+        rng = np.random.default_rng([fresh_seed, number])
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0] if rng.random() < 0.6 else np.eye(3)[rng.permutation(3)] * rng.choice([-1, 1], 3)
+        affine = np.eye(4)
+        affine[:3, :3] = turn * np.exp(rng.uniform(-1.5, 2, 3))
+        affine[:3, 3] = rng.uniform(-200, 200, 3)
+        dtype = [np.int16, np.uint8, np.float32, np.float64][rng.integers(4)]
+        image = nibabel.Nifti1Image((rng.normal(size=rng.integers(1, 9, 3)) * 30 + 60).astype(dtype), affine)
+        form = rng.integers(3)
+        if form < 2:
+            image.set_qform(affine, 1)
+        if form != 1:
+            image.set_sform(affine, 1)
+        else:
+            image.set_sform(None, 0)
+        if dtype == np.int16 and rng.random() < 0.5:
+            image.header.set_slope_inter(0.37, -12.5)
+        path = tmp_path / f"image{ending}"
+        nibabel.save(image, path)
+        data, properties = reader.read_images((str(path),))
+        voxels, grid = read_image(path, keep_file_order=True)
+        np.testing.assert_array_equal(voxels, data[0], err_msg=f"seed [{fresh_seed}, {number}]")
+        assert list(map(float, properties["spacing"])) == list(grid.spacing_zyx_mm), f"seed [{fresh_seed}, {number}]"
 
 
 @pytest.mark.parametrize("resampled", [False, True])
