@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -370,10 +370,22 @@ def _measured(
     if fingerprint is not None:
         return found, read_fingerprint(fingerprint, len(found.train_ids)), chosen
     n_cases = len(found.train_ids)
-    with typer.progressbar(length=n_cases, label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        n_workers = min(available_cores(), n_cases) if workers is None else workers
-        measured = cohort_fingerprint(found, found.train_ids, chosen.prepare, n_workers, lambda _: bar.update(1))
+    n_workers = min(available_cores(), n_cases) if workers is None else workers
+    measured = cohort_fingerprint(found, found.train_ids, chosen.prepare, n_workers, _counted(n_cases))
     return found, measured, chosen
+
+
+def _counted(n_cases: int) -> Callable[[str], None]:
+    """Shows on a terminal, and only there, how many cases were measured."""
+    done: list[str] = []
+
+    def show(case_id: str) -> None:
+        done.append(case_id)
+        if sys.stderr.isatty():
+            end = "\n" if len(done) == n_cases else ""
+            typer.echo(f"\rmeasured {len(done)} of {n_cases} cases{end}", err=True, nl=False)
+
+    return show
 
 
 def _how_drawn(chosen: Any) -> None:
@@ -384,12 +396,10 @@ def _how_drawn(chosen: Any) -> None:
 
 
 def _write_nnunet(out: Path, cohort: Any, texts: dict[str, str], overwrite: bool) -> None:
-    import json
+    from ichbench.prepare.nnunet_files import side_files, write_files
 
-    from ichbench.prepare.nnunet_files import dataset_table, write_files
-
-    texts = texts | {"dataset.json": json.dumps(dataset_table(cohort), indent=4)}
-    typer.echo("\nin nnU-Net's layout:\n" + "\n".join(f"  {path} ({what})" for path, what in write_files(out, texts, overwrite)))
+    done = write_files(out, texts | side_files(cohort), overwrite)
+    typer.echo("\nin nnU-Net's layout:\n" + "\n".join(f"  {path} ({what})" for path, what in done))
 
 
 def _three_numbers(text: str) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from ichbench.cases.images import read_grid
 from ichbench.errors import InputError
 from ichbench.recipe import PrepareRecipe
 
-FINGERPRINT, DATASET = "dataset_fingerprint.json", "dataset.json"
+DATASET, SPLITS = "dataset.json", "splits_final.json"
 #: file ending -> nnU-Net's class that reads it
 READERS = {".nii.gz": "SimpleITKIO", ".nii": "NibabelIO"}
 
@@ -32,6 +32,13 @@ def dataset_table(cohort: Cohort) -> dict[str, Any]:
         "numTraining": len(cohort.train_ids),
         "file_ending": _ending(cohort),
     }
+
+
+def side_files(cohort: Cohort) -> dict[str, str]:
+    """What nnU-Net's planning copies beside its plans: dataset.json, and the cohort's own splits where it has them."""
+    own = cohort.root / SPLITS
+    splits = {SPLITS: own.read_text(encoding="utf-8")} if own.is_file() else {}
+    return {DATASET: json.dumps(dataset_table(cohort), indent=4)} | splits
 
 
 def reader_of(cohort: Cohort) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import multiprocessing
 import shutil
@@ -12,6 +14,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("nnunetv2")
 
@@ -113,9 +116,9 @@ def test_drawn_data_sets(nnunet_folders: Path, fresh_seed: int, monkeypatch: pyt
         assert ours(nnunet_folders, name, monkeypatch, n_samples) == theirs(nnunet_folders, name, n_samples), (number, n_samples)
 
 
-@pytest.mark.parametrize(("name", "n_cases"), [("Dataset501_PHE", 4), ("Dataset004_Hippocampus", 12)])
+@pytest.mark.parametrize(("name", "n_cases"), [("Dataset501_PHE", 3), ("Dataset004_Hippocampus", 8)])
 def test_real_cases_with_all_samples(
-    nnunet_folders: Path, shared_data: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch, name: str, n_cases: int
+    nnunet_folders: Path, shared_data: Path, fresh_seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, n_cases: int
 ) -> None:
     """With nnU-Net's own 1e8 draws; which cases, is drawn anew."""
     source, target = shared_data / name, nnunet_folders / "raw" / name
@@ -131,3 +134,23 @@ def test_real_cases_with_all_samples(
     expected = theirs(nnunet_folders, name)
     assert ours(nnunet_folders, name, monkeypatch) == expected, list(chosen)
     assert Fingerprint.from_json(json.loads(expected)).to_text() == expected
+    check_command(nnunet_folders, name, tmp_path)
+
+
+def check_command(folders: Path, name: str, out: Path) -> None:
+    """`ichbench plan --out` writes what nnunetv2 has written by the time its planners are done, and nothing else."""
+    import torch
+    from nn_planners import planners
+
+    from ichbench.cli import app
+
+    measured = folders / "preprocessed" / name / "dataset_fingerprint.json"
+    for family in ("plain", "resenc_l"):
+        with contextlib.redirect_stdout(io.StringIO()), torch.device("meta"):
+            planners()[family](name).plan_experiment()
+        arguments = ["--fingerprint", str(measured), "--family", family, "--compatibility", "nnunet", "--out", str(out)]
+        done = CliRunner().invoke(app, ["plan", str(folders / "raw" / name), *arguments])
+        assert done.exit_code == 0, done.exception
+    written, expected = ({path.name: path.read_text() for path in place.iterdir()} for place in (out, measured.parent))
+    assert json.loads(written.pop("dataset.json")) == json.loads(expected.pop("dataset.json"))
+    assert written == expected
