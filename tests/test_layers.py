@@ -52,6 +52,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "prepare": (
         "window",
         "resize",
+        "linear",
         "downsample",
         "slices",
         "crop",
@@ -66,6 +67,9 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "plans_json",
         "plans_read",
         "nnunet_files",
+        "geometry",
+        "restore",
+        "locations",
         "pipeline",
         "survey",
         "store",

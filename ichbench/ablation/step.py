@@ -153,6 +153,7 @@ def last_message(folder: Path) -> str:
 
 def _prepare(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
+    from ichbench.prepare.locations import location_classes
     from ichbench.prepare.pipeline import prepare_case
     from ichbench.prepare.store import write_prepared
     from ichbench.prepare.survey import cohort_fingerprint, cohort_plan
@@ -168,8 +169,9 @@ def _prepare(task: Task) -> dict[str, Any]:
     write_atomically(task.out / "fingerprint.json", json.dumps(found.to_json(), indent=1).encode())
     write_atomically(task.out / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
     print("\n".join(plan.explain()), flush=True)  # noqa: T201
+    classes = location_classes(cohort.labels.values(), cohort.ignore_label)
     for name in ids:
-        write_prepared(task.out / "cases", prepare_case(cohort.load(name, keep), prepare, plan))
+        write_prepared(task.out / "cases", prepare_case(cohort.load(name, keep), prepare, plan, classes))
     return {"plan": plan.explain()}
 
 

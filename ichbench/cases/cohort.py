@@ -165,9 +165,10 @@ class Cohort:
         return Case(record.id, np.stack(channels) if len(channels) > 1 else first[None], labels, grid)
 
     def _mapped(self, path: Path, labels_zyx: NDArray[np.int16]) -> NDArray[np.int16]:
-        values = np.flatnonzero(np.bincount(labels_zyx.ravel())) if labels_zyx.min() >= 0 else np.unique(labels_zyx)
+        # background is most of a mask, and comparing with 0 is far faster than counting or sorting it
+        foreground = labels_zyx[labels_zyx != 0]
         mapping = self.label_map or {}
-        present = [int(value) for value in values]
+        present = [*([0] if len(foreground) < labels_zyx.size else []), *(int(value) for value in np.unique(foreground))]
         declared = {*self.labels.values(), *(() if self.ignore_label is None else (self.ignore_label,))}
         outside = [value for value in present if mapping.get(value, value) not in declared]
         if outside:

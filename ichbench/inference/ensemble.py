@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ichbench.cases.labels import ZERO_LOGIT, LabelRules
+from ichbench.cases.labels import LabelRules
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.sliding import Network, PatchPlan, predict_logits
 from ichbench.prepare.pipeline import Geometry, restore_logits, restore_scores
@@ -48,15 +48,7 @@ def fold_logits(
 def native_labels(logits_czyx: NDArray[np.floating], geometry: Geometry, rules: LabelRules) -> NDArray[np.int16]:
     """Logits on the prepared grid -> labels on the native grid, resampled in the logits' own dtype."""
     check_heads(len(logits_czyx), rules)
-    if not rules.has_regions:
-        return restore_logits(logits_czyx, geometry)
-    out: NDArray[np.int16] | None = None
-    for head, label in zip(logits_czyx, rules.regions_class_order, strict=True):
-        # a head wins where it is above a constant, so that one way back serves labels and regions
-        inside = restore_logits(np.stack([np.full_like(head, ZERO_LOGIT), head]), geometry) > 0
-        out = np.zeros(inside.shape, dtype=np.int16) if out is None else out
-        out[inside] = label
-    return out if out is not None else np.zeros(geometry.flags.native_shape, dtype=np.int16)
+    return restore_logits(logits_czyx, geometry, rules.regions_class_order or None)
 
 
 def native_probabilities(logits_czyx: NDArray[np.floating], geometry: Geometry, rules: LabelRules) -> NDArray[np.float32]:

@@ -30,7 +30,7 @@ from ichbench.network.nnunet_weights import weights_from_nnunet
 from ichbench.network.unet import UNet, check_topology
 from ichbench.network.weights import save_weights
 from ichbench.prepare.plan import Plan
-from ichbench.prepare.plans_json import plan_of, read_plans
+from ichbench.prepare.plans_read import plan_of, read_plans
 from ichbench.recipe import NetworkRecipe, make_recipe
 
 CHECKPOINTS = ("final", "best")
