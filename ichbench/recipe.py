@@ -93,8 +93,12 @@ class PlanRecipe(Strict):
     """Fingerprint -> Plan, by nnU-Net's rules."""
 
     dims: Literal[2, 3] = 3
-    #: what nnU-Net calls the GPU memory target; scales patch and batch size
-    memory_gb: Positive = 8.0
+    #: nnU-Net's planner: the plain U-Net, or one with a residual encoder (M, L and XL, and the older one without a letter)
+    family: Literal["plain", "resenc", "resenc_m", "resenc_l", "resenc_xl"] = "plain"
+    #: lowres: the low-resolution 3D stage that nnU-Net puts below a full-resolution one whose patch shows little of a case
+    stage: Literal["fullres", "lowres"] = "fullres"
+    #: what nnU-Net calls the GPU memory target; scales patch and batch size; auto: what the family is made for (8, L: 24, XL: 40)
+    memory_gb: Literal["auto"] | Positive = "auto"
     base_features: Annotated[int, Field(ge=1)] = 32
     #: auto: 320 in 3D and 512 in 2D
     max_features: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -102,6 +106,8 @@ class PlanRecipe(Strict):
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     #: working spacing along the plan's axes (coarsest first), mm; auto: nnU-Net's rule
     spacing_mm: Literal["auto"] | tuple[Positive, ...] = "auto"
+    #: nnU-Net's -overwrite_target_spacing: three spacings along the array's axes, mm; the coarsest then comes first
+    target_spacing_zyx_mm: Literal["auto"] | tuple[Positive, Positive, Positive] = "auto"
     #: coverage of the median shape below which nnU-Net would add a low-resolution stage (v2: 0.25, the paper: 0.125)
     lowres_coverage: Probability = 0.25
 
@@ -109,7 +115,8 @@ class PlanRecipe(Strict):
 class NetworkRecipe(Strict):
     """The U-Net beyond what the plan says."""
 
-    convs_per_stage: Annotated[int, Field(ge=1)] = 2
+    #: auto: the plan's (2 in nnU-Net's plain network; in the residual one blocks of the encoder); a number holds for every stage
+    convs_per_stage: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     leaky_slope: Annotated[float, Field(ge=0)] = 0.01
     deep_supervision: bool = True
     #: how many of the lowest decoder levels get no loss (nnU-Net v2: 1; the paper: 2)
@@ -167,6 +174,8 @@ class TrainingRecipe(Strict):
     #: where a forced foreground voxel lies in its patch; nnU-Net puts it in the centre, and a short training then learns to find
     #: foreground in the middle of every tile
     foreground_position: Literal["centre", "anywhere"] = "centre"
+    #: nnunet: a patch about a foreground voxel near the far border hangs out of the image
+    compatibility: Literal["ichbench", "nnunet"] = "ichbench"
     #: weight of the old value in the moving average of the pseudo-Dice
     moving_average: Annotated[float, Field(ge=0, lt=1)] = 0.9
     early_stopping: Off | EarlyStopping = "off"
@@ -195,7 +204,14 @@ class InferenceRecipe(Strict):
     checkpoint: Literal["final", "best"] = "final"
     tile_step: Annotated[float, Field(gt=0, le=1)] = 0.5
     gaussian: bool = True
-    mirror: bool = True
+    #: mean over mirrorings: of all spatial axes, of none, or of those named (0 is the plan's first axis)
+    mirror: bool | tuple[Annotated[int, Field(ge=0, le=2)], ...] = True
+    #: what the network computes in; sums over tiles and mirrorings stay float32. fp16 is for GPUs, bf16 pays where the CPU has it
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    #: nnunet: one tile at a time, sums over tiles and folds and resampling back in half precision, as nnU-Net's predictor does
+    compatibility: Literal["ichbench", "nnunet"] = "ichbench"
+    #: cross-validate: keep only largest components where that raised the Dice of the five folds (nnU-Net's rule)
+    postprocess: Literal["off", "cross-validate"] = "off"
     threshold: ThresholdRecipe = ThresholdRecipe()
 
 
@@ -208,6 +224,19 @@ class Recipe(Strict):
     training: TrainingRecipe = TrainingRecipe()
     inference: InferenceRecipe = InferenceRecipe()
 
+    @model_validator(mode="after")
+    def _one_switch(self) -> Recipe:
+        """`compatibility` is one switch with a field in three stages: set once it holds for all."""
+        parts = {name: getattr(self, name) for name in COMPATIBLE}
+        said = {name: part.compatibility for name, part in parts.items() if "compatibility" in part.model_fields_set}
+        if len(set(said.values())) > 1:
+            raise ValueError(f"{', '.join(f'{name}.compatibility = {value!r}' for name, value in said.items())}; set one, or all alike")
+        for name, part in parts.items() if said else ():
+            if name not in said:
+                # the model is frozen for its users; here it is still being made
+                object.__setattr__(self, name, part.model_copy(update={"compatibility": next(iter(said.values()))}))
+        return self
+
     @field_validator("plan", mode="after")
     @classmethod
     def _axes(cls, plan: PlanRecipe) -> PlanRecipe:
@@ -215,6 +244,10 @@ class Recipe(Strict):
             value = getattr(plan, name)
             if value != "auto" and len(value) != plan.dims:
                 raise ValueError(f"{name} has {len(value)} entries, but dims = {plan.dims}")
+        if plan.stage == "lowres" and plan.dims == 2:
+            raise ValueError("stage = 'lowres' is a 3D configuration, but dims = 2")
+        if plan.spacing_mm != "auto" and plan.target_spacing_zyx_mm != "auto":
+            raise ValueError("spacing_mm and target_spacing_zyx_mm both fix the spacing; set one of them")
         return plan
 
     def stage_keys(self) -> dict[str, str]:
@@ -222,6 +255,8 @@ class Recipe(Strict):
         return {stage: digest(getattr(self, stage).model_dump(mode="json")) for stage in STAGES}
 
 
+#: stages with the field `compatibility`
+COMPATIBLE = ("prepare", "training", "inference")
 STAGES = ("prepare", "plan", "network", "training", "inference")
 #: tables of the recipe that overlays change key by key
 MERGED = (*STAGES, "augment")
@@ -312,6 +347,8 @@ def _explain(error: ValidationError, source: str) -> str:
     # with a union ("off" or a table) pydantic reports every branch; the deepest path is the branch the user meant
     first = max(problems, key=lambda problem: (len(problem["loc"]), problem["type"] == "extra_forbidden"))
     where = [str(part) for part in first["loc"]]
+    if not where:
+        return f"{source}: {first['msg'].removeprefix('Value error, ')}"
     fields = _fields_at(where[:-1])
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where[-1], fields, n=1)

@@ -523,3 +523,43 @@ def test_score_says_more_when_asked(here: Here, tmp_path: Path) -> None:
     assert "specificity 0.500" in quiet.stdout
     for wrong in ("dice,bogus", "lesion_f1@5", "nsd@x", ""):
         one_line(here("score", tmp_path / "r", tmp_path / "p", "--metrics", wrong))
+
+
+def test_nnunet_import_and_export(tmp_path: Path) -> None:
+    """A model goes out and comes back; what cannot go is one line."""
+    from model_folders import small_plan, write_model
+
+    model = write_model(tmp_path / "run/models/base-fold1-seed0", small_plan(channels=("CT", "MR")))
+    done = call("nnunet", "export", tmp_path / "run/base", "--out", tmp_path / "results", "--dataset", "Dataset501_PHE")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "results/Dataset501_PHE/nnUNetTrainer__nnUNetPlans__3d_fullres"
+    assert "fold_1: base-fold1-seed0" in done.stdout
+    assert f"nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m {folder}" in done.stdout
+    done = call("nnunet", "import", folder, "--out", tmp_path / "model", "--folds", "1")
+    assert done.returncode == 0, done.stderr
+    assert "nnUNetTrainer, fold 1, mirror axes [0, 1, 2]" in done.stdout
+    assert "2 input channels (CT, MR" in done.stdout
+    weights = [path.read_bytes() for path in (model / "final.safetensors", tmp_path / "model/fold_1/final.safetensors")]
+    assert weights[0] == weights[1]
+    assert "no checkpoint_final.pth in fold 4; folds that have it: 1" in one_line(
+        call("nnunet", "import", folder, "--out", tmp_path / "other", "--folds", "1,4")
+    )
+    flagged = write_model(tmp_path / "flagged", small_plan(), overlay={"prepare": {"slice_extension": 2}})
+    assert "prepare.slice_extension = 2" in one_line(call("nnunet", "export", flagged, "--out", tmp_path / "results"))
+
+
+def test_a_hostile_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
+    import torch
+    from model_folders import small_plan, write_results
+
+    folder = write_results(tmp_path / "made", small_plan())
+
+    class Attack:
+        def __reduce__(self) -> object:
+            return os.system, (f"touch {tmp_path / 'created'}",)
+
+    torch.save({"network_weights": {}, "optimizer_state": Attack()}, folder / "fold_0/checkpoint_final.pth")
+    said = one_line(call("nnunet", "import", folder, "--out", tmp_path / "model"))
+    assert "nothing in it was executed" in said
+    assert "posix.system" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]

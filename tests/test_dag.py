@@ -13,6 +13,7 @@ from ichbench.ablation.dag import Dag, make_dag, sources_digest
 from ichbench.ablation.folds import make_part
 from ichbench.ablation.study import make_study
 from ichbench.cases.cohort import Cohort, read_cohort
+from ichbench.cases.phantom import write_phantom
 from ichbench.errors import InputError
 
 
@@ -145,3 +146,24 @@ def test_a_patient_on_both_sides_is_refused(cohort: Cohort) -> None:
             make_part(same, "0")
     finally:
         path.unlink()
+
+
+def tidy_study(folder: Path, predictor: str) -> str:
+    (folder / "tidy.toml").write_text(f'why = "x"\n[inference]\npredictor = "{predictor}"\npostprocess = "cross-validate"\n')
+    path = folder / "study.toml"
+    path.write_text('why = "x"\nfloor = false\nceilings = false\n[factors]\ntidy = ["tidy.toml"]\n')
+    return str(path)
+
+
+def test_post_processing_waits_for_five_folds_and_shares_their_masks(tmp_path: Path) -> None:
+    write_phantom(tmp_path / "cohort", 8, "small", 5, n_test=2)
+    cohort = read_cohort(tmp_path / "cohort")
+    full = graph(cohort, tidy_study(tmp_path, "unet"))
+    assert kinds(full) == {"prepare": 1, "train": 6, "predict": 6, "score": 2, "postprocess": 1}
+    step = next(step for step in full.steps.values() if step.kind == "postprocess")
+    assert sorted(step.inputs) == ["fold 0", "fold 1", "fold 2", "fold 3", "fold 4", "predict"]
+    assert sorted(name for names in step.spec["folds"].values() for name in names) == sorted(cohort.train_ids)
+    by_fold = graph(cohort, tidy_study(tmp_path, "unet"), folds=tuple("01234"))
+    assert kinds(by_fold) == {"prepare": 1, "train": 5, "predict": 5, "score": 10, "postprocess": 5}
+    with pytest.raises(InputError, match="needs a predictor with folds"):
+        graph(cohort, tidy_study(tmp_path, "roundtrip"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ichbench.cases.case import Case, Grid
 from ichbench.errors import InputError
-from ichbench.prepare.fingerprint import Fingerprint, combine, fingerprint
+from ichbench.prepare.fingerprint import Fingerprint, case_facts, combine, fingerprint, read_fingerprint
 
 
 def case(name: str, values: np.ndarray, channels: int = 1) -> Case:
@@ -101,3 +102,60 @@ def test_refusals() -> None:
         fingerprint([case("none", np.array([]))])
     with pytest.raises(InputError, match="case x has no labels"):
         fingerprint([Case("x", np.zeros((1, 1, 1, 1), np.float32), None, Grid((1, 1, 1), np.eye(4)))])
+
+
+def test_the_draw_is_numpys_to_the_last_bit() -> None:
+    """Means, deviations and interpolated percentiles of the pool as numpy computes them, float64 once a case has no foreground."""
+    rng = np.random.default_rng(4)
+    for n in (1, 2, 7, 999, 30_000):
+        for empty in (False, True):
+            parts = [rng.normal(40, 9, 300).astype(np.float32), rng.integers(0, 80, 500).astype(np.float32)]
+            parts += [np.zeros(0, np.float32)] if empty else []
+            cases = [case(str(index), part, 2) for index, part in enumerate(parts)]
+            facts = fingerprint(cases, sampled=True, n_samples=n * len(cases)).intensities
+            pools: list[list[np.ndarray]] = [[], []]
+            for part in parts:
+                generator = np.random.RandomState(1234)
+                for channel, pool in enumerate(pools):
+                    pool.append(generator.choice(part * (channel + 1), n) if len(part) else np.array([]))
+            for channel, pool in enumerate(pools):
+                drawn = np.concatenate(pool)
+                assert drawn.dtype == (np.float64 if empty else np.float32)
+                low, median, high = np.percentile(drawn, (0.5, 50.0, 99.5))
+                expected = {"max": drawn.max(), "mean": drawn.mean(), "median": median, "min": drawn.min()}
+                expected |= {"percentile_00_5": low, "percentile_99_5": high, "std": drawn.std()}
+                assert facts[str(channel)] == {name: float(value) for name, value in expected.items()}
+                assert list(facts[str(channel)]) == sorted(expected)
+
+
+def test_threads_change_nothing() -> None:
+    rng = np.random.default_rng(5)
+    facts = [case_facts(case(str(n), rng.normal(40, 9, n), 2)) for n in (40, 200, 511)]
+    assert combine(facts, True, 9000, workers=3) == combine(facts, True, 9000)
+
+
+def test_black_images_single_slices_and_the_ignore_label() -> None:
+    """An image of zeros keeps its full box; a 2D image is one slice; an ignore label (the highest) counts as foreground."""
+    affine = np.diag([999.0, 1, 1, 1])
+    labels = np.array([[[0, 1, 2], [0, 0, 2]]], np.int16)
+    black = Case("black", np.zeros((1, 1, 2, 3), np.float32), labels, Grid((1, 2, 3), affine))
+    shown = Case("shown", np.array([[[[0, 5, 6], [0, 7, 8]]]], np.float32), labels, Grid((1, 2, 3), affine))
+    found = fingerprint([black, shown])
+    assert found.shapes_after_crop == ((1, 2, 3), (1, 2, 2))
+    assert found.spacings == ((999.0, 1.0, 1.0),) * 2
+    assert found.median_relative_size == pytest.approx((1 + 4 / 6) / 2)
+    # voxels 5, 6 and 8 of one case and three zeros of the other
+    assert found.intensities["0"]["mean"] == pytest.approx((5 + 6 + 8) / 6)
+
+
+def test_files(tmp_path: Path) -> None:
+    found = fingerprint([case("a", np.arange(5.0)), case("b", np.arange(9.0))])
+    path = tmp_path / "dataset_fingerprint.json"
+    path.write_text(found.to_text())
+    assert read_fingerprint(path, 2) == found
+    assert found.to_text().startswith('{\n    "foreground_intensity_properties_per_channel": {\n        "0": {\n            "max": 8.0,')
+    with pytest.raises(InputError, match="was taken of 2 cases, but there are 3"):
+        read_fingerprint(path, 3)
+    path.write_text("{")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        read_fingerprint(path, 2)

@@ -186,6 +186,13 @@ def test_pixdim_that_disagrees_with_the_affine_is_said_and_kept(tmp_path: Path) 
         read_grid(close)
 
 
+@pytest.mark.parametrize(("code", "unit"), [(1, "metres"), (3, "microns")])
+def test_other_units_of_length_are_said_and_taken_as_mm(tmp_path: Path, code: int, unit: str) -> None:
+    path = save(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16), xyzt_units=code + 8)
+    with pytest.warns(UserWarning, match=f"in {unit}; they are taken as mm, while ITK"):
+        assert read_grid(path).spacing_zyx_mm == (5.0, 0.5, 0.5)
+
+
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u4", "f4", "f8"])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("scale", [None, (2.0, -1024.0), (0.25, 3.0), (0.0, 5.0), (np.nan, 5.0), (1.0, 0.0)])

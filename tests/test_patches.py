@@ -166,3 +166,38 @@ def test_a_forced_voxel_may_lie_anywhere_in_its_patch() -> None:
         assert len(counts) == size
         # uniform: each place within five standard deviations of its share
         assert np.all(np.abs(counts - 600 / size) < 5 * np.sqrt(600 / size))
+
+
+def test_nnunets_patches_hang_out_at_the_far_border() -> None:
+    """Its printed case (facts, section 5): length 482, voxel 481, patch 205 of which the middle lies on the voxel: 379 to 584."""
+    one = case((482, 9, 9), ((1, 481, 4, 4),))
+    theirs = draw_patch(sample_generator(0, 0, 0, 0), [one], (205, 9, 9), True, clamped=False)
+    ours = draw_patch(sample_generator(0, 0, 0, 0), [one], (205, 9, 9), True)
+    assert (theirs.lower_zyx[0], theirs.lower_zyx[0] + 205) == (379, 584)
+    assert (ours.lower_zyx[0], ours.lower_zyx[0] + 205) == (277, 482)
+    inner = case((482, 9, 9), ((1, 200, 4, 4),))
+    corners = [draw_patch(sample_generator(0, 0, 0, 0), [inner], (205, 9, 9), True, clamped=clamped).lower_zyx for clamped in (True, False)]
+    assert corners[0] == corners[1]
+
+
+def test_regions_are_classes_and_an_ignore_label_keeps_patches_on_annotated_voxels() -> None:
+    """nnU-Net's rule: forced patches choose among labels and regions, the others, and cases without either, an annotated voxel."""
+    labels = np.zeros((1, 30, 40), dtype=np.int16)
+    image = np.ones((1, *labels.shape), np.float32)
+    annotated = (-1, 0, 1, 2)
+    spots = {1: np.array([[0, 2, 3]]), (2, 1): np.array([[0, 20, 30]]), 2: np.empty((0, 3), int), annotated: np.array([[0, 10, 10]])}
+    for foreground, forced, expected in (
+        (spots, True, {1, (2, 1)}),
+        (spots, False, {annotated}),
+        ({annotated: spots[annotated]}, True, {annotated}),
+        ({1: spots[1]}, False, {None}),
+    ):
+        draws = [
+            draw_patch(sample_generator(0, 0, step, 0), [TrainingCase("a", image, labels, foreground)], (5, 5), forced)
+            for step in range(40)
+        ]
+        assert {draw.label for draw in draws} == expected
+        for draw in draws:
+            if draw.label is not None:
+                y, x = foreground[draw.label][0][1:]
+                assert draw.lower_zyx == (0, max(0, y - 2), max(0, x - 2))

@@ -18,10 +18,11 @@ from ichbench.cases.images import read_image, read_labels
 from ichbench.errors import InputError
 from ichbench.prepare.downsample import downsample_case
 from ichbench.prepare.fingerprint import fingerprint
+from ichbench.prepare.locations import foreground_locations
 from ichbench.prepare.pipeline import (
     Geometry,
+    ShearedGridWarning,
     flagged_case,
-    foreground_locations,
     prepare_case,
     restore_labels,
     restore_logits,
@@ -329,6 +330,27 @@ def test_a_plan_for_other_channels_is_refused() -> None:
         flagged_case(case, PrepareRecipe(slice_crop="head"), ("T1",))
     with pytest.raises(InputError, match="needs a reference mask"):
         roundtrip(replace(case, labels_zyx=None), PrepareRecipe(), plan_for([case], PrepareRecipe()))
+
+
+def test_a_sheared_grid_is_prepared_with_a_word() -> None:
+    sheared = head(affine=np.array([[0, 0, 2.5, 0], [0.5, 2.5, 0, 0], [5.0, 0, 0, 0], [0, 0, 0, 1]]))
+    plan = plan_for([head()], PrepareRecipe())
+    with pytest.warns(ShearedGridWarning, match=r"case head: its axes are 84\.3 degrees apart instead of 90"):
+        prepared = prepare_case(sheared, PrepareRecipe(), plan)
+    assert len(prepared.notes) == 1
+    assert "nnU-Net refuses such files" in prepared.notes[0]
+
+
+def test_the_mean_of_a_channel_does_not_depend_on_how_the_file_was_read() -> None:
+    """float32 sums depend on the order in memory; compatibility = "nnunet" takes nnU-Net's, whichever way the case was read."""
+    rng = np.random.default_rng(3)
+    image = rng.normal(30_000, 3, (1, 30, 40, 50)).astype(np.float32)
+    grid = replace(Grid((30, 40, 50), np.diag([5.0, 1.0, 1.0, 1.0])), file_axes=(0, 2, 1))
+    case = Case("bright", image, None, grid)
+    recipe = PrepareRecipe(compatibility="nnunet")
+    in_file_order, _, _ = flagged_case(case, recipe, ("MR",))
+    assert in_file_order.image_czyx.flags.c_contiguous
+    assert in_file_order.grid.file_axes == (2, 1, 0)
 
 
 def test_foreground_locations_are_nnunets_sample() -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from ichbench.errors import InputError
 from ichbench.prepare.fingerprint import Fingerprint
-from ichbench.prepare.plan import Plan, feature_map_elements, make_plan, topology
-from ichbench.recipe import PlanRecipe
+from ichbench.prepare.plan import Plan, make_plan, plan_all
+from ichbench.prepare.topology import FAMILIES, feature_map_elements, topology
+from ichbench.recipe import PlanRecipe, make_recipe
 
 FACTS = {"mean": 40.0, "std": 10.0, "median": 40.0, "min": 0.0, "max": 90.0, "percentile_00_5": 10.0, "percentile_99_5": 80.0}
 
@@ -208,3 +209,70 @@ def test_thick_slices_are_refined_only_beyond_both_limits(thick: float, slices: 
     """The 10th percentile of the coarse spacing is taken if it is more than 3 times coarser and has more than 3 times fewer voxels."""
     found = cohort([(thick, 1.0, 1.0)] * 8 + [(1.5, 1.0, 1.0)] * 2, [(slices, 200, 200)] * 10)
     assert make_plan(found, PlanRecipe(), ("MR",), 2, 100).spacing == (expected, 1.0, 1.0)
+
+
+def test_a_single_slice_has_no_3d_plan() -> None:
+    with pytest.raises(InputError, match=r"a single slice.*set plan\.dims = 2"):
+        plan("rgb")
+    given = COHORTS["rgb"]
+    planned = plan_all(given.fingerprint, PlanRecipe(), given.channels, given.n_labels, given.n_cases)
+    assert list(planned.configurations) == ["2d"]
+    assert planned.lowres is None
+
+
+def test_the_trigger_of_the_low_resolution_stage_is_a_field() -> None:
+    """A patch that shows less than a quarter of the case, but more than the paper's eighth."""
+    found = cohort([(3.0, 0.5, 0.5)] * 9, [(90, 300, 300)] * 9)
+    for coverage, asked in ((0.25, True), (0.125, False)):
+        planned = plan_all(found, PlanRecipe(lowres_coverage=coverage), ("CT",), 2, 30)
+        assert planned.lowres is not None
+        assert 0.125 < planned.lowres.coverage < 0.25
+        assert (planned.lowres.steps > 0) is asked
+
+
+def test_overrides_act_where_dims_agree() -> None:
+    given = COHORTS["ct_liver"]
+    arguments = (given.channels, given.n_labels, given.n_cases)
+    recipe = PlanRecipe(patch_size=(32, 64, 64), batch_size=5)
+    free, fixed = (plan_all(given.fingerprint, one, *arguments).configurations for one in (PlanRecipe(), recipe))
+    assert fixed["2d"] == free["2d"]
+    for name in ("3d_lowres", "3d_fullres", "3d_cascade_fullres"):
+        assert (fixed[name].plan.patch_size, fixed[name].plan.batch_size) == ((32, 64, 64), 5)
+        assert fixed[name].plan.spacing == free[name].plan.spacing
+    assert fixed["3d_lowres"].fit is None
+
+
+def test_stage_lowres() -> None:
+    made = plan("ct_liver", stage="lowres")
+    assert (made.configuration, made.next_stage, made.batch_dice) == ("3d_lowres", ("3d_cascade_fullres",), False)
+    assert made.spacing == plan("ct_liver").lowres_spacing
+    with pytest.raises(InputError, match="there is no low-resolution stage for this cohort: the full-resolution patch shows"):
+        plan("hippocampus", stage="lowres")
+    with pytest.raises(InputError, match="stage = 'lowres' is a 3D configuration"):
+        make_recipe({"plan": {"stage": "lowres", "dims": 2}})
+    with pytest.raises(InputError, match="both fix the spacing"):
+        make_recipe({"plan": {"spacing_mm": [5.0, 1.0, 1.0], "target_spacing_zyx_mm": [5.0, 1.0, 1.0]}})
+
+
+def test_target_spacing_decides_the_order_of_the_axes() -> None:
+    made = plan("last_axis", target_spacing_zyx_mm=(1.0, 3.0, 2.0))
+    assert (made.transpose_forward, made.spacing) == ((1, 0, 2), (3.0, 1.0, 2.0))
+    # 256, 256 and 30 voxels of 0.9, 0.9 and 4 mm
+    assert made.median_shape == (77, 230, 60)
+
+
+def test_plans_from_before_families_are_read() -> None:
+    table = plan("prostate").to_json()
+    for key in ("family", "convs_per_stage", "decoder_convs", "configuration", "previous_stage", "next_stage"):
+        del table[key]
+    assert Plan.from_json(table) == plan("prostate")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_in_the_recipe_and_plans(family: str) -> None:
+    made = plan("cine_mr", family=family)
+    assert made.family == FAMILIES[family].network
+    assert made.convs_per_stage == ((2,) * 6 if family == "plain" else (1, 3, 4, 6, 6, 6))
+    assert made.decoder_convs == ((2,) * 5 if family == "plain" else (1,) * 5)
+    assert set(PlanRecipe.model_fields["family"].annotation.__args__) == set(FAMILIES)  # type: ignore[union-attr]
+    assert ("residual encoder" in made.explain()[0]) is (family != "plain")

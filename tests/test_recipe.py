@@ -12,7 +12,7 @@ from ichbench.arms import load_arm, load_preset, shipped
 from ichbench.errors import InputError
 from ichbench.inference.predictors import PREDICTORS
 from ichbench.prepare.downsample import POOLING
-from ichbench.recipe import Downsample, InferenceRecipe, Recipe, TrainingRecipe, diff, make_recipe
+from ichbench.recipe import Downsample, InferenceRecipe, PrepareRecipe, Recipe, TrainingRecipe, diff, make_recipe
 
 ARMS = sorted(shipped())
 
@@ -171,3 +171,26 @@ def test_arm_files_of_ones_own(tmp_path: Path) -> None:
 def test_reversed_ranges_are_refused(overlay: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"must lie below|write the smaller number first"):
         make_recipe(overlay)
+
+
+def test_compatibility_is_one_switch() -> None:
+    """Set for one stage it holds for all; values that differ are refused."""
+    stages = ("prepare", "training", "inference")
+    for stage in stages:
+        recipe = make_recipe({stage: {"compatibility": "nnunet"}})
+        assert set(diff(recipe, Recipe())) == {f"{name}.compatibility" for name in stages}
+        assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    made = Recipe(prepare=PrepareRecipe(compatibility="nnunet"), inference=InferenceRecipe(mirror=False))
+    assert (made.inference.compatibility, made.inference.mirror) == ("nnunet", False)
+    with pytest.raises(InputError, match=r"prepare.compatibility = 'nnunet', inference.compatibility = 'ichbench'; set one"):
+        make_recipe({"prepare": {"compatibility": "nnunet"}, "inference": {"compatibility": "ichbench"}})
+    with pytest.raises(InputError, match="compatibility"):
+        make_recipe({"inference": {"compatibility": "theirs"}})
+
+
+def test_mirroring_is_a_switch_or_axes() -> None:
+    assert make_recipe({"inference": {"mirror": [0, 2]}}).inference.mirror == (0, 2)
+    assert Recipe.model_validate_json(make_recipe({"inference": {"mirror": [1]}}).model_dump_json()).inference.mirror == (1,)
+    for wrong in ([3], [-1], "all", 1):
+        with pytest.raises(InputError, match="mirror"):
+            make_recipe({"inference": {"mirror": wrong}})

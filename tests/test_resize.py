@@ -1,4 +1,4 @@
-"""The kernels: equal to scipy's n-dimensional spline, and labels that follow the stated rule by brute force."""
+"""The kernels: equal to scipy's n-dimensional spline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from ichbench.prepare.resize import interpolate_axis, nearest_index, resize, resize_labels
+from ichbench.prepare.resize import interpolate_axis, nearest_index, resize, resize_matrix
 
 SIZES = st.integers(1, 9)
 
@@ -41,28 +41,14 @@ def test_nearest_index_rounds_halves_up() -> None:
     assert nearest_index(6, 9).tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5]
 
 
-@given(st.tuples(SIZES, SIZES), st.tuples(SIZES, SIZES), st.integers(1, 4), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
-def test_labels_by_brute_force(before: tuple[int, int], after: tuple[int, int], n: int, seed: int) -> None:
-    labels = np.random.default_rng(seed).integers(-1, n, before).astype(np.int16)
-    out = resize_labels(labels, after)
-    if before == after:
-        assert out is labels
-        return
-    factors = [n_out / n_in for n_out, n_in in zip(after, before, strict=True)]
-    values = np.unique(labels)
-    heights = [ndimage.zoom((labels == value) * 1.0, factors, order=1, mode="nearest", grid_mode=True) for value in values]
-    nearest = labels[np.ix_(nearest_index(before[0], after[0]), nearest_index(before[1], after[1]))]
-    for at in np.ndindex(*after):
-        here = [height[at] for height in heights]
-        tied = [int(value) for value, height in zip(values, here, strict=True) if height == max(here)]
-        assert out[at] == (nearest[at] if nearest[at] in tied else min(tied))
-    assert out.dtype == np.int16
-
-
-def test_a_three_way_tie_that_the_nearest_label_lost_goes_to_the_lowest() -> None:
-    block = np.array([3, 1, 1, 1, 2, 2, 2, 3], dtype=np.int16).reshape(2, 2, 2)
-    assert resize_labels(block, (1, 1, 1)).item() == 1
+@pytest.mark.parametrize(("before", "after"), [(3, 700), (70, 33), (71, 300), (300, 71), (512, 470), (130, 131)])
+def test_matrices_equal_scipys_kernel_on_long_axes(before: int, after: int) -> None:
+    """Built from combs of impulses and cut into blocks; nothing of a weight that float64 can see gets lost."""
+    image = np.random.default_rng(before).normal(size=(before, 40)) * 1000
+    expected = ndimage.zoom(image, (after / before, 41 / 40), order=3, mode="nearest", grid_mode=True)
+    np.testing.assert_allclose(resize(image, (after, 41), 3), np.clip(expected, image.min(), image.max()), atol=2e-11, rtol=0)
+    impulses = [ndimage.zoom(unit, after / before, order=3, mode="nearest", grid_mode=True) for unit in np.eye(before)[:: before // 3]]
+    np.testing.assert_allclose(resize_matrix(before, after, 3)[:, :: before // 3].T, impulses, atol=1e-16, rtol=1e-12)
 
 
 def test_linear_interpolation_of_a_ramp_is_exact_and_holds_beyond_the_ends() -> None:

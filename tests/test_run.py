@@ -17,8 +17,10 @@ from ichbench.ablation.settings import settle
 from ichbench.ablation.study import RunDefaults
 from ichbench.cases.cohort import read_cohort
 from ichbench.cases.images import read_labels, write_labels
+from ichbench.cases.phantom import write_phantom
 from ichbench.errors import InputError
 from ichbench.inference.model import load_model, predict_path
+from ichbench.inference.postprocess import read_postprocessing
 from ichbench.scoring.tables import read_scores
 
 STUDY = 'why = "a small study"\n[factors]\nwindow = ["window_literal"]\ndims = ["unet25d"]\n'
@@ -234,3 +236,21 @@ def test_a_foreign_phantom_is_not_taken_for_the_embedded_one(small_phantom: Path
     shutil.copytree(small_phantom, tmp_path / "cohort")
     with pytest.raises(InputError, match="the embedded one is"):
         phantom_cohort(tmp_path / "cohort")
+
+
+def test_post_processing_in_a_study(tmp_path: Path, tiny_preset: Path) -> None:
+    """The threshold floor of eight phantoms, with and without: the rule comes from the training cases, and the masks obey it."""
+    write_phantom(tmp_path / "cohort", 8, "small", 5, n_test=2)
+    for name, postprocess in (("plain", "off"), ("tidy", "cross-validate")):
+        text = f'why = "x"\n[inference]\npredictor = "threshold"\npostprocess = "{postprocess}"\n'
+        (tmp_path / f"{name}.toml").write_text(text)
+    study = 'why = "x"\nbase = "plain.toml"\nfloor = false\nceilings = false\n[factors]\ntidy = ["tidy.toml"]\n'
+    done, _ = run(tmp_path / "cohort", tiny_preset, tmp_path / "out", study)
+    assert (done.failed, done.code) == ({}, 0)
+    rule = read_postprocessing(tmp_path / "out/predictions/tidy/postprocessing.json")
+    assert rule.cases == 6
+    assert rule.steps == ((1,),)
+    for name in read_cohort(tmp_path / "cohort").test_ids:
+        plain, tidy = (read_labels(tmp_path / f"out/predictions/{arm}/{name}.nii.gz")[0] for arm in ("plain", "tidy"))
+        np.testing.assert_array_equal(tidy, rule.apply(plain))
+        assert (tidy > 0).sum() < (plain > 0).sum()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
-from ichbench.inference.sliding import gaussian_weights, predict_logits, tile_starts
+from ichbench.inference.sliding import gaussian_weights, half_weights, mirrorings, predict_logits, tile_starts
 from ichbench.recipe import InferenceRecipe
 
 torch.set_num_threads(1)
@@ -28,6 +28,7 @@ class Plan:
 
 
 PLAIN = InferenceRecipe(mirror=False)
+HALF = InferenceRecipe(mirror=False, compatibility="nnunet")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_mirroring_is_the_mean_over_all_flips(dims: int) -> None:
     x = image(1, 1 if dims == 2 else 4, 6, 8)
     plan = Plan(dims, (6, 8) if dims == 2 else (4, 6, 8))
     np.testing.assert_allclose(predict_logits(place, x, plan, InferenceRecipe()), np.full(x.shape, 3.5))
-    assert len(calls) == 2**dims
+    assert len(calls) == 4  # in 3D two flips of a lone small tile go in together
     np.testing.assert_allclose(predict_logits(place, x, plan, PLAIN)[0, 0, 0], np.arange(8))
 
 
@@ -172,3 +173,67 @@ def test_a_module_is_put_into_eval_mode() -> None:
     network = nn.Dropout(0.9).train()
     np.testing.assert_array_equal(predict_logits(network, image(1, 2, 4, 4), Plan(3, (2, 4, 4)), PLAIN), image(1, 2, 4, 4))
     assert not network.training
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_half_precision_sums_are_those_of_numpy(dims: int) -> None:
+    """Tile after tile in float16, written out; also for an image smaller than the patch on one axis."""
+    patch, x = ((4, 6, 8)[-dims:], image(1, 7, 5, 13) * 30)
+    got = predict_logits(identity, x, Plan(dims, patch), HALF)
+    window = half_weights(patch).numpy().astype(np.float32)
+    whole = np.pad(x[0], ((0, 0), (0, 1), (0, 0)))
+    total, weights = np.zeros(whole.shape, np.float16), np.zeros(whole.shape, np.float16)
+    starts = [tile_starts(length, size, 0.5) for length, size in zip(whole.shape[3 - dims :], patch, strict=True)]
+    for lead in range(7) if dims == 2 else (Ellipsis,):
+        for corner in itertools.product(*starts):
+            where = (lead, *(slice(start, start + size) for start, size in zip(corner, patch, strict=True)))
+            total[where] = (total[where] + whole[where] * window).astype(np.float16)
+            weights[where] = weights[where] + window.astype(np.float16)
+    assert got.dtype == np.float16
+    np.testing.assert_array_equal(got[0], (total / weights)[:, :5])
+
+
+def test_the_half_precision_window() -> None:
+    """nnU-Net's printed numbers (facts, golden/misc.out): 18987 of 128^3 weights are the smallest that float16 has."""
+    window = half_weights((128, 128, 128)).numpy()
+    assert window.max() == 10
+    assert window.min() == np.float16(5.960464477539063e-08)
+    assert int((window == window.min()).sum()) == 18987
+    assert int((half_weights((20, 320, 256)).numpy() == np.float16(5.960464477539063e-08)).sum()) == 15529
+
+
+def test_single_precision_keeps_what_half_loses() -> None:
+    """In the corner of a lone tile the weight is so small that half precision keeps hardly a digit of the logit."""
+    x = image(1, 16, 16, 16)
+    plan = Plan(3, (16, 16, 16))
+    np.testing.assert_array_equal(predict_logits(identity, x, plan, PLAIN), x)
+    half = predict_logits(identity, x, plan, HALF)
+    assert abs(float(half[0, 0, 0, 0]) - float(x[0, 0, 0, 0])) > 1e-3
+    np.testing.assert_allclose(half[0, 8, 8], x[0, 8, 8], rtol=1e-2, atol=1e-2)
+
+
+def test_mirror_axes() -> None:
+    assert mirrorings(True, 3) == [(), (-3,), (-2,), (-1,), (-3, -2), (-3, -1), (-2, -1), (-3, -2, -1)]
+    assert mirrorings(False, 3) == mirrorings((), 2) == [()]
+    assert mirrorings((1, 0), 2) == [(), (-2,), (-1,), (-2, -1)]
+    with pytest.raises(InputError, match=r"names the axes \[2\], but a 2D network has the axes \[0, 1\]"):
+        mirrorings((2,), 2)
+
+    def place(x: Tensor) -> Tensor:
+        return torch.arange(x.shape[-1]).expand_as(x).float()
+
+    out = predict_logits(place, image(1, 4, 6, 8), Plan(3, (4, 6, 8)), InferenceRecipe(mirror=(0, 1)))
+    np.testing.assert_allclose(out[0, 0, 0], np.arange(8))
+
+
+def test_precision() -> None:
+    """bf16 keeps eight bits of a product; sums over tiles stay float32. fp16 is not for CPUs."""
+    network = nn.Conv3d(1, 2, 3, padding=1)
+    x = image(1, 6, 12, 12)
+    plan = Plan(3, (6, 8, 8))
+    single = predict_logits(network, x, plan, PLAIN)
+    brief = predict_logits(network, x, plan, InferenceRecipe(mirror=False, precision="bf16"))
+    assert brief.dtype == np.float32
+    assert 0 < np.abs(brief - single).max() < 0.05
+    with pytest.raises(InputError, match="fp16' is for GPUs"):
+        predict_logits(network, x, plan, InferenceRecipe(precision="fp16"))

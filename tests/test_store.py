@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ichbench.errors import InputError
-from ichbench.prepare.pipeline import FlagGeometry, Geometry, Prepared, foreground_locations
+from ichbench.prepare.locations import foreground_locations
+from ichbench.prepare.pipeline import FlagGeometry, Geometry, Prepared
 from ichbench.prepare.store import list_prepared, read_prepared, write_prepared
 
 SHAPE = (4, 6, 5)
@@ -38,6 +39,17 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, mmap: bool) -> None:
     for label, at in case.foreground.items():
         np.testing.assert_array_equal(found.foreground[label], at)
     assert (found.geometry, found.notes, found.id) == (case.geometry, case.notes, case.id)
+
+
+def test_regions_and_annotated_voxels_keep_their_keys(tmp_path: Path) -> None:
+    case = prepared()
+    assert case.labels_zyx is not None
+    foreground = foreground_locations(case.labels_zyx, (2, (1,), (2, 1), (-1, 0, 1, 2), 7))
+    write_prepared(tmp_path, replace(case, foreground=foreground))
+    found = read_prepared(tmp_path, case.id, verify=True).foreground
+    assert set(found) == {2, (1,), (2, 1), (-1, 0, 1, 2), 7}
+    for key, at in foreground.items():
+        np.testing.assert_array_equal(found[key], at)
 
 
 def test_a_test_case_has_no_labels(tmp_path: Path) -> None:

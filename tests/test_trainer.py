@@ -35,6 +35,9 @@ class Plan:
     in_channels: int = 1
     n_classes: int = 2
     batch_dice: bool = False
+    family: str = "plain"
+    convs_per_stage: tuple[int, ...] = (2, 2)
+    decoder_convs: tuple[int, ...] = (2,)
 
 
 SOLID = Plan(3, (4, 16, 16), (4, 8), ((1, 1, 1), (1, 2, 2)), ((1, 3, 3), (3, 3, 3)))

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from ichbench.ablation.folds import Part, make_part
+from ichbench.ablation.folds import N_FOLDS, Part, make_part
 from ichbench.ablation.study import UNTRAINED, Study
 from ichbench.arms import Arm
 from ichbench.cases.cohort import Cohort
@@ -20,13 +20,14 @@ from ichbench.errors import InputError
 from ichbench.inference.predictors import find_mask
 from ichbench.recipe import digest
 
-Kind = Literal["prepare", "train", "predict", "score"]
+Kind = Literal["prepare", "train", "predict", "postprocess", "score"]
 
 #: the modules whose sources (with all they import) decide a step's result
 STAGE_MODULES: dict[Kind, tuple[str, ...]] = {
-    "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.plan", "ichbench.prepare.store"),
+    "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.survey", "ichbench.prepare.store"),
     "train": ("ichbench.prepare.store", "ichbench.training.trainer"),
     "predict": ("ichbench.cases.cohort", "ichbench.inference.predictors", "ichbench.network.weights"),
+    "postprocess": ("ichbench.cases.cohort", "ichbench.inference.postprocess"),
     "score": ("ichbench.cases.cohort", "ichbench.scoring.score", "ichbench.scoring.tables"),
 }
 
@@ -113,10 +114,33 @@ class _Maker:
         self.where = {"cohort": str((cohort.source or cohort.root).resolve())}
 
     def result(self, arm: Arm, part: Part, fold: str, seed: int | None, predictions: Path | None) -> Result:
+        predict, train = self._predict(arm, part, fold, seed, predictions)
+        if arm.recipe.inference.postprocess == "cross-validate":
+            predict = self._postprocess(arm, part, fold, seed, predict)
+        score = self._add(
+            Step(
+                "score",
+                {
+                    "protocol": self.protocol,
+                    "cases": self._digests(part.evaluate),
+                    "labels": self.cohort.labels,
+                    "sources": sources_digest("score"),
+                    "environment": {name: version(name) for name in ("numpy", "scipy")},
+                },
+                {"predict": predict.id},
+                self.where,
+                f"score {_named(arm, fold, seed)}",
+            )
+        )
+        trained = arm.recipe.inference.predictor not in UNTRAINED
+        return Result(arm.name, fold if trained else "-", str(seed) if trained else "-", score.id, predict.id, train.id if train else None)
+
+    def _predict(self, arm: Arm, part: Part, fold: str, seed: int | None, predictions: Path | None) -> tuple[Step, Step | None]:
         recipe, predictor = arm.recipe, arm.recipe.inference.predictor
         train = None
         spec: dict[str, Any] = {
-            "inference": recipe.inference.model_dump(mode="json"),
+            # masks before any post-processing, so that an arm with and one without it share them
+            "inference": recipe.inference.model_copy(update={"postprocess": "off"}).model_dump(mode="json"),
             "prepare": recipe.prepare.model_dump(mode="json"),
             "cases": self._digests(part.evaluate),
             "labels": self.cohort.labels,
@@ -137,25 +161,30 @@ class _Maker:
                 raise InputError(f"arm {arm.name} shows somebody else's predictions; name their folder with --predictions {arm.name}=DIR")
             spec["masks"] = _folder_digest(predictions, part.evaluate)
             where["predictions"] = str(predictions.resolve())
-        named = f"{arm.name}, fold {fold}" + (f", seed {seed}" if seed is not None else "")
-        predict = self._add(Step("predict", spec, inputs, where, f"predict {named}"))
-        score = self._add(
-            Step(
-                "score",
-                {
-                    "protocol": self.protocol,
-                    "cases": self._digests(part.evaluate),
-                    "labels": self.cohort.labels,
-                    "sources": sources_digest("score"),
-                    "environment": {name: version(name) for name in ("numpy", "scipy")},
-                },
-                {"predict": predict.id},
-                self.where,
-                f"score {named}",
+        return self._add(Step("predict", spec, inputs, where, f"predict {_named(arm, fold, seed)}")), train
+
+    def _postprocess(self, arm: Arm, part: Part, fold: str, seed: int | None, predict: Step) -> Step:
+        """Find the rule on the five folds' predictions of the training cases, and apply it to this fold's masks."""
+        if arm.recipe.inference.predictor not in ("unet", "threshold"):
+            raise InputError(
+                f"arm {arm.name}: inference.postprocess = 'cross-validate' needs a predictor with folds (unet or threshold), "
+                f"not for {arm.recipe.inference.predictor!r}; set it to 'off'"
             )
-        )
-        trained = predictor not in UNTRAINED
-        return Result(arm.name, fold if trained else "-", str(seed) if trained else "-", score.id, predict.id, train.id if train else None)
+        inputs, folds = {"predict": predict.id}, {}
+        for number in range(N_FOLDS):
+            held_out = make_part(self.cohort, str(number))
+            inputs[f"fold {number}"] = self._predict(arm, held_out, str(number), seed, None)[0].id
+            folds[f"fold {number}"] = list(held_out.evaluate)
+        spec = {
+            "folds": folds,
+            "cases": self._digests(part.evaluate),
+            "known": self._digests(tuple(name for names in folds.values() for name in names)),
+            "compatibility": arm.recipe.inference.compatibility,
+            "labels": self.cohort.labels,
+            "sources": sources_digest("postprocess"),
+            "environment": {name: version(name) for name in ("numpy", "scipy")},
+        }
+        return self._add(Step("postprocess", spec, inputs, self.where, f"postprocess {_named(arm, fold, seed)}"))
 
     def _prepare(self, arm: Arm) -> Step:
         # as in nnU-Net, fingerprint and plan see all training cases, those of the validation folds included
@@ -190,6 +219,10 @@ class _Maker:
 
     def _environment(self) -> dict[str, Any]:
         return {"device": self.device, "threads": self.threads} | {name: version(name) for name in ("torch", "numpy", "scipy")}
+
+
+def _named(arm: Arm, fold: str, seed: int | None) -> str:
+    return f"{arm.name}, fold {fold}" + (f", seed {seed}" if seed is not None else "")
 
 
 def _folder_digest(folder: Path, ids: tuple[str, ...]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from ichbench.arms import Arm
 from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_grid
+from ichbench.cases.labels import declared
 from ichbench.scoring.score import Score
 from ichbench.scoring.tables import read_scores
 
@@ -95,7 +96,11 @@ def write_run(out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, fin
         if result.train_step is not None:
             _copy_files(output_of(root / result.train_step), out / "models" / name)
             prepare = dag.steps[result.train_step].inputs["prepare"]
-            shutil.copyfile(output_of(root / prepare) / "plan.json", out / "models" / name / "plan.json")
+            for file in ("plan.json", "fingerprint.json"):
+                shutil.copyfile(output_of(root / prepare) / file, out / "models" / name / file)
+            if dag.steps[result.predict_step].kind == "postprocess":
+                rule = output_of(root / result.predict_step) / "postprocessing.json"
+                shutil.copyfile(rule, out / "models" / name / rule.name)
             write_atomically(out / "models" / name / "model.json", model_json(study.arm(result.arm), cohort).encode())
     seconds = {step.label: (result_of(root / step_id) or {}).get("seconds") for step_id, step in dag.steps.items()}
     table = about | environment() | {"notes": run_notes(dag, root, finished), "seconds": seconds, "cohort_digest": cohort.digest()}
@@ -105,11 +110,12 @@ def write_run(out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, fin
 
 def model_json(arm: Arm, cohort: Cohort) -> str:
     """What `ichbench predict` needs beside plan and weights: the recipe and what channels and labels mean."""
-    table: dict[str, Any] = {"arm": arm.name, "why": arm.why, "recipe": arm.recipe.model_dump(mode="json"), "labels": cohort.labels}
+    table: dict[str, Any] = {"arm": arm.name, "why": arm.why, "recipe": arm.recipe.model_dump(mode="json")}
+    # keys in this order: that of regions counts
+    table |= declared(cohort.rules) | {"channel_names": list(cohort.channel_names)}
     table["axes_zyx"] = read_grid(cohort.records[0].images[0]).axis_codes_zyx
-    return (
-        json.dumps(table | {"channel_names": list(cohort.channel_names), "ichbench": version("ichbench")}, indent=1, sort_keys=True) + "\n"
-    )
+    table |= {"cohort": cohort.name, "n_training": len(cohort.train_ids), "ichbench": version("ichbench")}
+    return json.dumps(table, indent=1) + "\n"
 
 
 def _copy_files(source: Path, target: Path) -> None:

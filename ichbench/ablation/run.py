@@ -63,6 +63,11 @@ def plan_run(settings: Settings, predictions: dict[str, Path]) -> Planned:
 def open_cohort(path: Path, study: Study) -> Cohort:
     """Read a cohort; refuse what a study cannot train on, and mixed orientations unless every arm reorients."""
     cohort = read_cohort(path)
+    if cohort.rules.has_regions:
+        raise InputError(
+            f"cohort {cohort.name} declares regions ({', '.join(cohort.rules.names)}); training does not support them yet: "
+            "give every label one integer, and score the regions afterwards"
+        )
     if cohort.ignore_label is not None:
         raise InputError(
             f"cohort {cohort.name} declares an ignore label ({cohort.ignore_label}); training does not support one yet: "

@@ -153,10 +153,10 @@ def last_message(folder: Path) -> str:
 
 def _prepare(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
-    from ichbench.prepare.fingerprint import fingerprint
-    from ichbench.prepare.pipeline import flagged_case, prepare_case
-    from ichbench.prepare.plan import make_plan
+    from ichbench.prepare.locations import location_classes
+    from ichbench.prepare.pipeline import prepare_case
     from ichbench.prepare.store import write_prepared
+    from ichbench.prepare.survey import cohort_fingerprint, cohort_plan
     from ichbench.recipe import PlanRecipe, PrepareRecipe
 
     prepare, plan_recipe = task.model("prepare", PrepareRecipe), task.model("plan", PlanRecipe)
@@ -164,15 +164,14 @@ def _prepare(task: Task) -> dict[str, Any]:
     _check_digests(cohort, task.spec["cases"])
     ids = list(task.spec["cases"])
     keep = prepare.compatibility == "nnunet"
-    found = fingerprint(flagged_case(cohort.load(name, keep), prepare, cohort.channel_names)[0] for name in ids)
-    n_labels = len(cohort.labels)
-    neighbours = 0 if prepare.neighbour_slices == "off" else prepare.neighbour_slices
-    plan = make_plan(found, plan_recipe, cohort.channel_names, n_labels, len(ids), neighbours)
+    found = cohort_fingerprint(cohort, ids, prepare)
+    plan = cohort_plan(cohort, found, prepare, plan_recipe)
     write_atomically(task.out / "fingerprint.json", json.dumps(found.to_json(), indent=1).encode())
     write_atomically(task.out / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
     print("\n".join(plan.explain()), flush=True)  # noqa: T201
+    classes = location_classes(cohort.labels.values(), cohort.ignore_label)
     for name in ids:
-        write_prepared(task.out / "cases", prepare_case(cohort.load(name, keep), prepare, plan))
+        write_prepared(task.out / "cases", prepare_case(cohort.load(name, keep), prepare, plan, classes))
     return {"plan": plan.explain()}
 
 
@@ -219,7 +218,7 @@ def _predict(task: Task) -> dict[str, Any]:
     cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
     _check_digests(cohort, task.spec["cases"] | task.spec.get("fit_on", {}))
     keep = prepare.compatibility == "nnunet"
-    tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.device}
+    tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.device, "rules": cohort.rules}
     if "prepare" in task.inputs:
         tools["plan"] = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
     if "train" in task.inputs:
@@ -249,6 +248,31 @@ def _predict(task: Task) -> dict[str, Any]:
     return extra | {"seconds_per_case": seconds}
 
 
+def _postprocess(task: Task) -> dict[str, Any]:
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.cases.images import read_labels, write_labels
+    from ichbench.inference.postprocess import Labels, find_postprocessing
+
+    cohort = read_cohort(Path(task.where["cohort"]))
+    _check_digests(cohort, task.spec["cases"] | task.spec["known"])
+    held_out = {name: task.inputs[fold] for fold, names in task.spec["folds"].items() for name in names}
+
+    def load(name: str) -> tuple[Labels, Labels]:
+        # in file order, as for scores
+        reference = cohort.load(name, keep_file_order=True).labels_zyx
+        if reference is None:
+            raise InputError(f"case {name} of cohort {cohort.name} has no reference mask to find a post-processing on")
+        return reference, read_labels(held_out[name] / f"{name}.nii.gz", keep_file_order=True)[0]
+
+    rules = cohort.rules
+    found = find_postprocessing(list(held_out), load, rules.targets, rules.ignore, task.spec["compatibility"])
+    found.save(task.out / "postprocessing.json")
+    for name in task.spec["cases"]:
+        labels, grid = read_labels(task.inputs["predict"] / f"{name}.nii.gz")
+        write_labels(task.out / f"{name}.nii.gz", found.apply(labels).astype(labels.dtype), grid)
+    return {"postprocessing": [list(step) for step in found.steps]}
+
+
 def _score(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
     from ichbench.cases.images import read_labels
@@ -273,7 +297,13 @@ def _score(task: Task) -> dict[str, Any]:
     return {}
 
 
-STAGES: dict[str, Callable[[Task], dict[str, Any]]] = {"prepare": _prepare, "train": _train, "predict": _predict, "score": _score}
+STAGES: dict[str, Callable[[Task], dict[str, Any]]] = {
+    "prepare": _prepare,
+    "train": _train,
+    "predict": _predict,
+    "postprocess": _postprocess,
+    "score": _score,
+}
 
 
 @contextlib.contextmanager

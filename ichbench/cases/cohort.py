@@ -15,6 +15,7 @@ from ichbench.cases.case import Case, Grid
 from ichbench.cases.folders import CaseRecord, Description, describe
 from ichbench.cases.images import read_grid, read_image, read_labels
 from ichbench.cases.images import reorient as reorient_volumes
+from ichbench.cases.labels import LabelRules
 from ichbench.errors import InputError
 
 __all__ = ["CaseRecord", "Cohort", "check_orientations", "read_cohort", "validate"]
@@ -28,7 +29,7 @@ class Cohort:
     """The cases of one data set (sorted by id) and what their channels and labels mean.
 
     channel_names  one per image channel; "CT" means Hounsfield units
-    labels         name -> value, background 0 included, without gaps; the ignore label is apart
+    rules          labels or regions, and the ignore label
     label_map      applied to label files on reading (for example BHSD's 1-5 -> 1); values not named stay
     reorient       turn every case to (z superior, y posterior, x left) on loading
     """
@@ -36,8 +37,7 @@ class Cohort:
     name: str
     root: Path
     channel_names: tuple[str, ...]
-    labels: dict[str, int]
-    ignore_label: int | None
+    rules: LabelRules
     label_map: dict[int, int] | None
     records: tuple[CaseRecord, ...]
     reorient: bool = False
@@ -54,9 +54,20 @@ class Cohort:
         return tuple(record.id for record in self.records if record.split == "test")
 
     @property
+    def labels(self) -> dict[str, int]:
+        """name -> value, background 0 included, without gaps; the ignore label is apart. A label without a name is "label 3"."""
+        names = {value: name for name, value in zip(self.rules.names, self.rules.targets, strict=True) if isinstance(value, int)}
+        return {"background": 0} | {names.get(value, f"label {value}"): value for value in self.rules.foreground_labels}
+
+    @property
+    def ignore_label(self) -> int | None:
+        """The label that is neither learnt from nor scored, or None."""
+        return self.rules.ignore
+
+    @property
     def foreground_labels(self) -> tuple[int, ...]:
         """Label values without background and ignore, ascending."""
-        return tuple(sorted(value for value in self.labels.values() if value != 0))
+        return self.rules.foreground_labels
 
     @property
     def groups(self) -> dict[str, str | None]:
@@ -117,10 +128,12 @@ class Cohort:
 
     def digest(self) -> str:
         """sha256 over every case's digest and all metadata (not over names of folders or files)."""
-        about = {
+        about: dict[str, object] = {
             "channels": self.channel_names, "labels": self.labels, "ignore": self.ignore_label, "reorient": self.reorient,
             "cases": [(r.id, r.split, r.group, r.site, r.subtype, self.case_digest(r.id)) for r in self.records],
         }  # fmt: skip
+        if self.rules.has_regions:
+            about["regions"] = [self.rules.names, self.rules.targets, self.rules.regions_class_order]
         return hashlib.sha256(_canonical(about)).hexdigest()
 
     def metadata(self) -> list[dict[str, str]]:
@@ -152,9 +165,10 @@ class Cohort:
         return Case(record.id, np.stack(channels) if len(channels) > 1 else first[None], labels, grid)
 
     def _mapped(self, path: Path, labels_zyx: NDArray[np.int16]) -> NDArray[np.int16]:
-        values = np.flatnonzero(np.bincount(labels_zyx.ravel())) if labels_zyx.min() >= 0 else np.unique(labels_zyx)
+        # background is most of a mask, and comparing with 0 is far faster than counting or sorting it
+        foreground = labels_zyx[labels_zyx != 0]
         mapping = self.label_map or {}
-        present = [int(value) for value in values]
+        present = [*([0] if len(foreground) < labels_zyx.size else []), *(int(value) for value in np.unique(foreground))]
         declared = {*self.labels.values(), *(() if self.ignore_label is None else (self.ignore_label,))}
         outside = [value for value in present if mapping.get(value, value) not in declared]
         if outside:
@@ -179,8 +193,7 @@ def read_cohort(folder_or_csv: Path, reorient: bool = False) -> Cohort:
         found.name,
         found.root,
         found.channel_names,
-        found.labels,
-        found.ignore_label,
+        found.rules,
         found.label_map,
         found.records,
         reorient,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import InputError
 
 ENDINGS = (".nii.gz", ".nii")
@@ -42,13 +43,12 @@ class CaseRecord:
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that is declared about a cohort; `labels` without the ignore label."""
+    """Everything that is declared about a cohort."""
 
     name: str
     root: Path
     channel_names: tuple[str, ...]
-    labels: dict[str, int]
-    ignore_label: int | None
+    rules: LabelRules
     label_map: dict[int, int] | None
     records: tuple[CaseRecord, ...]
 
@@ -92,7 +92,7 @@ def _from_nnunet(root: Path) -> Description:
     if "dataset" in declared:
         raise InputError(f'{path}: the key "dataset" (explicit paths) is not supported; list the same files in a cohort.csv')
     channel_names = _channels(path, channels)
-    labels, ignore = _labels(path, declared.get("labels"))
+    rules = read_rules(declared.get("labels"), declared.get("regions_class_order"), path)
     records: list[CaseRecord] = []
     for split, tag in (("train", "Tr"), ("test", "Ts")):
         images = _nnunet_images(root / f"images{tag}", ending, channel_names)
@@ -102,7 +102,7 @@ def _from_nnunet(root: Path) -> Description:
     if records and n_train != claimed:
         raise InputError(f'{path}: "numTraining" is {claimed!r}, but imagesTr holds {n_train} cases; correct the number or the folder')
     described = _with_case_table(root / "cases.csv", records)
-    return Description(root.resolve().name, root, channel_names, labels, ignore, _label_map(path, declared), described)
+    return Description(root.resolve().name, root, channel_names, rules, _label_map(path, declared), described)
 
 
 def _from_instance(root: Path, folder: Path) -> Description:
@@ -139,18 +139,18 @@ def _from_csv(path: Path) -> Description:
 
 def _with_side_file(path: Path, name: str, root: Path, records: tuple[CaseRecord, ...]) -> Description:
     declared = _read_json(path) if path.is_file() else {}
-    unknown = sorted(set(declared) - {"name", "channel_names", "labels", "label_map"})
+    unknown = sorted(set(declared) - {"name", "channel_names", "labels", "regions_class_order", "label_map"})
     if unknown:
-        raise InputError(f"{path}: unknown keys {unknown}; allowed are name, channel_names, labels, label_map")
+        raise InputError(f"{path}: unknown keys {unknown}; allowed are name, channel_names, labels, regions_class_order, label_map")
     channels = _channels(path, declared["channel_names"]) if "channel_names" in declared else DEFAULT_CHANNELS
-    labels, ignore = _labels(path, declared.get("labels", DEFAULT_LABELS))
+    rules = read_rules(declared.get("labels", DEFAULT_LABELS), declared.get("regions_class_order"), path)
     for record in records:
         if len(record.images) != len(channels):
             raise InputError(
                 f"{root}: case {record.id!r} has {len(record.images)} channels ({', '.join(p.name for p in record.images)}), "
                 f"but {len(channels)} are declared ({', '.join(channels)}); declare channel_names in {path.name} or correct the images"
             )
-    return Description(str(declared.get("name", name)), root, channels, labels, ignore, _label_map(path, declared), records)
+    return Description(str(declared.get("name", name)), root, channels, rules, _label_map(path, declared), records)
 
 
 def _nnunet_images(folder: Path, ending: str, channel_names: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
@@ -266,27 +266,6 @@ def _channels(path: Path, declared: object) -> tuple[str, ...]:
     if not isinstance(declared, dict) or not declared or sorted(declared, key=str) != sorted(wanted):
         raise InputError(f'{path}: "channel_names" is {declared!r}; it must be {{"0": "CT", ...}}, numbered from 0')
     return tuple(str(declared[key]) for key in wanted)
-
-
-def _labels(path: Path, declared: object) -> tuple[dict[str, int], int | None]:
-    """Labels without `ignore`, ordered by value, and the ignore label."""
-    if not isinstance(declared, dict) or not declared:
-        raise InputError(f'{path}: "labels" is {declared!r}; it must be {{"background": 0, "name": 1, ...}}')
-    for name, value in declared.items():
-        if isinstance(value, (list, tuple)):
-            raise InputError(f"{path}: label {name!r} is the region {value}; regions are not supported yet: give every label one integer")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"{path}: label {name!r} is {value!r}; every label must be one integer")
-    labels = {name: value for name, value in sorted(declared.items(), key=lambda item: item[1]) if name != "ignore"}
-    ignore = declared.get("ignore")
-    if labels.get("background") != 0 or sorted(declared.values()) != list(range(len(declared))) or len(labels) < 2:
-        raise InputError(
-            f'{path}: labels are {declared}; needed are "background": 0, at least one more, and values without gaps '
-            '(renumber other values with "label_map")'
-        )
-    if ignore is not None and ignore != len(labels):
-        raise InputError(f'{path}: "ignore" is {ignore}; it must be the highest label, {len(labels)}')
-    return labels, ignore
 
 
 def _label_map(path: Path, declared: dict[str, Any]) -> dict[int, int] | None:

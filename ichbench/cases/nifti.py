@@ -22,6 +22,8 @@ GEOMETRY_FIELDS = (
     "pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "srow_x", "srow_y", "srow_z", "xyzt_units", "dim_info",
 )  # fmt: skip
+#: codes of `xyzt_units` that are neither unknown nor mm
+OTHER_UNITS = {1: "metres", 3: "microns"}
 HEADER_BYTES = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
 
 
@@ -114,6 +116,11 @@ def geometry_of(header: Any) -> FileGeometry:
     pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
     pixdim_usable = bool(np.isfinite(pixdim).all() and (pixdim > 0).all())
     spacing = (float(pixdim[0]), float(pixdim[1]), float(pixdim[2])) if pixdim_usable else None
+    unit = int(header["xyzt_units"]) & 7
+    if unit in OTHER_UNITS:
+        complaints.append(
+            f"its lengths are said to be in {OTHER_UNITS[unit]}; they are taken as mm, while ITK and nnU-Net would scale them"
+        )
     affine: FloatArray | None = None
     for name in ("sform", "qform"):  # sform first, as nibabel does
         if int(header[f"{name}_code"]) <= 0 or affine is not None:

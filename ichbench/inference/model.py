@@ -1,32 +1,72 @@
-"""A trained model as a folder (`plan.json`, `model.json`, weights) and its use on images from outside any study."""
+"""A trained model as a folder, and its use on images from outside any study.
+
+plan.json     the configuration           model.json    recipe, channels, labels or regions, orientation, folds
+final.safetensors, final.json             the weights of a model of one fold, or
+fold_0/final.safetensors, ...             those of several, whose logits are averaged
+"""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ichbench.cases.case import Case
+from ichbench.cases.case import Case, Grid
+from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_image, reorient, write_labels
+from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import InputError
-from ichbench.inference.predictors import Tools, predict_unet
+from ichbench.inference.postprocess import read_postprocessing
+from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights
 from ichbench.prepare.plan import Plan
-from ichbench.recipe import Recipe
+from ichbench.recipe import PrepareRecipe, Recipe
 
 SUFFIXES = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
+class ModelFolder:
+    """What a model folder says, weights apart.
+
+    channel_names  of the images that it takes, in the order of their files
+    rules          what the network's outputs mean
+    axes_zyx       where z, y, x of its training cases point; None: unknown, or of no interest (files are read as they lie)
+    folds          names of the folds in `fold_<name>/`, or empty where the weights lie beside `model.json`
+    about          everything in `model.json`
+    """
+
+    folder: Path
+    plan: Plan
+    recipe: Recipe
+    channel_names: tuple[str, ...]
+    rules: LabelRules
+    axes_zyx: str | None
+    folds: tuple[str, ...]
+    about: Mapping[str, Any]
+
+    def weights(self, checkpoint: str) -> dict[str, Path]:
+        """Fold -> file of its weights; a model of one fold without a name has the fold "0"."""
+        if not self.folds:
+            return {"0": self.folder / f"{checkpoint}.safetensors"}
+        return {fold: self.folder / f"fold_{fold}" / f"{checkpoint}.safetensors" for fold in self.folds}
+
+
+@dataclass(frozen=True)
 class Model:
-    """A trained network with all it needs, and the orientation (where z, y, x point) of the cases it was trained on."""
+    """A trained network with all it needs, as `ModelFolder` describes it."""
 
     tools: Tools
-    axes_zyx: str
+    axes_zyx: str | None
+    channel_names: tuple[str, ...] = ("CT",)
 
 
 @dataclass(frozen=True)
@@ -38,57 +78,196 @@ class Predicted:
     notes: tuple[str, ...]
 
 
-def load_model(folder: Path, device: str = "cpu") -> Model:
-    """Read a model folder as `run-ablation` leaves it under `models/`."""
+def read_model(folder: Path) -> ModelFolder:
+    """Read a model folder, as `run-ablation` leaves it under `models/` or `ichbench nnunet import` writes it, without the weights."""
     try:
         about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         plan = Plan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
-        channels, axes = list(about["channel_names"]), str(about["axes_zyx"])
+        channels, axes = tuple(str(name) for name in about["channel_names"]), about["axes_zyx"]
         recipe = Recipe.model_validate_json(json.dumps(about["recipe"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        folds = tuple(str(fold) for fold in about.get("folds", ()))
+        labels, order = about["labels"], about.get("regions_class_order")
+        if not (axes is None or isinstance(axes, str)):
+            raise ValueError(f"axes_zyx is {axes!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = str(error).splitlines()[0]
         raise InputError(f"{folder} is not a model folder ({said}); give one such as RUN/models/base-foldfull-seed0") from None
-    if len(channels) != 1:
-        raise InputError(f"{folder} was trained on the channels {channels}; prediction from files takes one channel for now")
-    network = make_unet(plan, recipe.network)
-    load_weights(network, folder / f"{recipe.inference.checkpoint}.safetensors")
-    return Model(Tools(recipe.inference, recipe.prepare, plan, (network.to(device).eval(),), device), axes)
+    if not all(re.fullmatch(r"\w+", fold) for fold in folds):
+        raise InputError(f"{folder / 'model.json'}: folds are {list(folds)}; a fold is named by letters and digits")
+    rules = read_rules(labels, order, folder / "model.json")
+    return ModelFolder(folder, plan, recipe, channels, rules, axes, folds, about)
 
 
-def predict_path(model: Model, image: Path, out: Path) -> Iterator[Predicted]:
-    """Segment one image, or every image of a folder; masks lie on their image's own grid. An input is never overwritten."""
-    if image.is_dir():
-        paths = sorted(path for path in image.iterdir() if path.name.endswith(SUFFIXES))
-        if not paths:
-            raise InputError(f"{image} holds no image ({' or '.join(SUFFIXES)})")
-        pairs = [(path, out / _mask_name(path)) for path in paths]
-    else:
-        pairs = [(image, out / _mask_name(image) if out.is_dir() or not out.name.endswith(SUFFIXES) else out)]
-    for source, target in pairs:
-        if target.resolve() == source.resolve():
-            raise InputError(f"--out {out} would overwrite the image {source}; give another file or folder")
-        yield _predict_file(model, source, target)
+def load_model(folder: Path, device: str = "cpu") -> Model:
+    """Read a model folder with its weights; several folds become several networks. Raises InputError for a damaged one."""
+    found = read_model(folder)
+    networks, topology = [], network_plan(found.plan, found.rules)
+    for path in found.weights(found.recipe.inference.checkpoint).values():
+        network = make_unet(topology, found.recipe.network)
+        load_weights(network, path)
+        networks.append(network.to(device).eval())
+    rule = folder / "postprocessing.json"
+    postprocessing = read_postprocessing(rule) if found.recipe.inference.postprocess != "off" else None
+    previous = None if found.plan.previous_stage is None else _first_stage(load_model(folder / "previous", device))
+    recipe = found.recipe
+    tools = Tools(
+        recipe.inference,
+        recipe.prepare,
+        found.plan,
+        tuple(networks),
+        device,
+        rules=found.rules,
+        previous=previous,
+        postprocessing=postprocessing,
+    )
+    return Model(tools, found.axes_zyx, found.channel_names)
 
 
-def _mask_name(image: Path) -> str:
-    """`case_0000.nii.gz` -> `case.nii.gz`: nnU-Net's images carry a channel number, its masks do not."""
-    suffix = next(suffix for suffix in SUFFIXES if image.name.endswith(suffix)) if image.name.endswith(SUFFIXES) else ""
-    return image.name.removesuffix(suffix).removesuffix("_0000") + (suffix or SUFFIXES[0])
+def network_plan(plan: Plan, rules: LabelRules) -> Plan:
+    """The plan as its network sees it: the second stage of a cascade has one more input per foreground label."""
+    if plan.previous_stage is None:
+        return plan
+    return replace(plan, channels=(*plan.channels, *(f"{plan.previous_stage} {label}" for label in rules.foreground_labels)))
 
 
-def _predict_file(model: Model, source: Path, target: Path) -> Predicted:
-    tools = model.tools
-    keep = tools.prepare.compatibility == "nnunet"
-    image, grid = read_image(source, keep_file_order=keep)
-    if not keep and grid.axis_codes_zyx != model.axes_zyx:
-        # the network has only seen heads that lie the way its cohort did; the grid remembers how to write the mask back
-        (image,), grid = reorient([image], grid)
-        if grid.axis_codes_zyx != model.axes_zyx:
+def _first_stage(model: Model) -> Callable[[Case], NDArray[np.int16]]:
+    def labels_of(case: Case) -> NDArray[np.int16]:
+        found = predict_unet(case, model.tools).labels_zyx
+        return found if found is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
+
+    return labels_of
+
+
+def predict_path(model: Model, image: Path, out: Path, probabilities: bool = False) -> Iterator[Predicted]:
+    """Segment one image, or every image of a folder; masks lie on their image's own grid. An input is never overwritten.
+
+    A model of several channels takes the files `case_0000.nii.gz`, `case_0001.nii.gz`, ...; one of them names the case.
+    With `probabilities` an archive `<mask's name>.npz` lies beside each mask, as nnU-Net writes it.
+    """
+    cases = find_images(image, model.channel_names)
+    for case_id, files in cases.items():
+        name = case_id + _suffix(files[0])
+        target = out if not image.is_dir() and not out.is_dir() and out.name.endswith(SUFFIXES) else out / name
+        for source in files:
+            if target.resolve() == source.resolve():
+                raise InputError(f"--out {out} would overwrite the image {source}; give another file or folder")
+        yield _predict_files(model, case_id, files, target, probabilities)
+
+
+def find_images(image: Path, channel_names: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Case -> its files in channel order, for an image, one channel of an image, or a folder.
+
+    nnU-Net's names, `<case>_<four digits>`, are needed for several channels; with one channel any name is a case.
+    """
+    if not image.is_dir():
+        if len(channel_names) == 1:
+            return {_case_id(image): (image,)}
+        match = re.fullmatch(r"(.+)_(\d{4})", _stem(image))
+        if match is None:
+            raise InputError(f"{image}: this model takes {_channels(channel_names)}, so the name must be CASE_0000.nii.gz and so on")
+        siblings = [image.with_name(f"{match[1]}_{index:04d}{_suffix(image)}") for index in range(len(channel_names))]
+        lacking = [path.name for path in siblings if not path.is_file()]
+        if lacking:
+            raise InputError(f"{image}: this model takes {_channels(channel_names)}, but beside it there is no {', '.join(lacking)}")
+        return {match[1]: tuple(siblings)}
+    paths = sorted(path for path in image.iterdir() if path.name.endswith(SUFFIXES) and not path.name.startswith("."))
+    if not paths:
+        raise InputError(f"{image} holds no image ({' or '.join(SUFFIXES)})")
+    if len(channel_names) == 1:
+        return _one_file_each(image, paths)
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        match = re.fullmatch(r"(.+)_\d{4}", _stem(path))
+        if match is None:
+            raise InputError(f"{path}: this model takes {_channels(channel_names)}, so the name must be CASE_0000.nii.gz and so on")
+        found.setdefault(match[1], []).append(path)
+    for case_id, files in found.items():
+        if [_stem(path) for path in files] != [f"{case_id}_{index:04d}" for index in range(len(channel_names))]:
             raise InputError(
-                f"{source}: its axes (z, y, x) can be turned to {grid.axis_codes_zyx}, but the model was trained on {model.axes_zyx}; "
+                f"{image}: case {case_id!r} has the files {[path.name for path in files]}, but the model takes {_channels(channel_names)}; "
+                "one file per channel is needed, numbered from 0000"
+            )
+    return {case_id: tuple(files) for case_id, files in found.items()}
+
+
+def _one_file_each(folder: Path, paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
+    cases: dict[str, tuple[Path, ...]] = {}
+    stems = {_stem(path) for path in paths}
+    for path in paths:
+        case_id = _case_id(path)
+        if case_id in cases:
+            raise InputError(f"{folder}: {cases[case_id][0].name} and {path.name} are the same case {case_id!r}; keep one")
+        if f"{case_id}_0000" in stems and f"{case_id}_0001" in stems:
+            raise InputError(
+                f"{folder}: case {case_id!r} has several channels, but the model takes one; keep the right one, or rename the cases"
+            )
+        cases[case_id] = (path,)
+    return cases
+
+
+def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_zyx: str | None) -> tuple[Case, tuple[str, ...]]:
+    """The case as a model wants it: channels stacked, axes turned to those of its training cases (`axes_zyx`); and notes."""
+    keep = recipe.compatibility == "nnunet"
+    notes: list[str] = []
+    first, grid = read_image(files[0], keep_file_order=keep)
+    volumes = [first]
+    for path in files[1:]:
+        volume, other = read_image(path, keep_file_order=keep)
+        if other.shape_zyx != grid.shape_zyx or not np.allclose(other.spacing_zyx_mm, grid.spacing_zyx_mm, rtol=1e-4):
+            raise InputError(
+                f"{files[0]} and {path.name} differ: shape {grid.shape_zyx} and {other.shape_zyx}, spacing {grid.spacing_zyx_mm} and "
+                f"{other.spacing_zyx_mm} mm (z, y, x); all channels of a case must lie on the same voxels"
+            )
+        if not other.same_place(grid):
+            if not keep:
+                raise InputError(f"{files[0]} and {path.name} lie in different places of the world; resample one onto the other's grid")
+            # as in nnU-Net, which compares shape and spacing alone
+            notes.append(f"{path.name} lies elsewhere than {files[0].name}; the voxels were taken as they lie")
+        volumes.append(volume)
+    if not keep and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
+        # the network has only seen heads that lie the way its cohort did; the grid remembers how to write the mask back
+        volumes, grid = reorient(volumes, grid)
+        if grid.axis_codes_zyx != axes_zyx:
+            raise InputError(
+                f"{files[0]}: its axes (z, y, x) can be turned to {grid.axis_codes_zyx}, but the model was trained on {axes_zyx}; "
                 "store the image in the model's orientation"
             )
-    prediction = predict_unet(Case(_mask_name(source).split(".")[0], image[None], None, grid), tools)
-    labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(grid.shape_zyx, dtype=np.int16)
-    write_labels(target, labels, grid)
-    return Predicted(target, float(np.count_nonzero(labels)) * grid.voxel_ml, prediction.notes)
+    return Case(case_id, np.stack(volumes), None, grid), tuple(notes)
+
+
+def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Path, probabilities: bool = False) -> Predicted:
+    case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
+    if probabilities:
+        prediction, table = predict_with_probabilities(case, model.tools)
+        _write_probabilities(target.with_name(f"{_stem(target)}.npz"), table, case.grid)
+    else:
+        prediction = predict_unet(case, model.tools)
+    labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
+    write_labels(target, labels, case.grid)
+    return Predicted(target, float(np.count_nonzero(labels)) * case.grid.voxel_ml, notes + prediction.notes)
+
+
+def _write_probabilities(path: Path, table: NDArray[np.float32], grid: Grid) -> None:
+    """`probabilities` (heads, k, j, i): in the file's own axis order, slowest axis first, as nnU-Net's archives have them."""
+    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
+    to_file = [1 + grid.file_axes.index(axis) for axis in (2, 1, 0)]
+    packed = io.BytesIO()
+    np.savez_compressed(packed, probabilities=np.transpose(table[(slice(None), *flips)], (0, *to_file)))
+    write_atomically(path, packed.getvalue())
+
+
+def _channels(channel_names: Sequence[str]) -> str:
+    return f"{len(channel_names)} channel{'s' if channel_names[1:] else ''} ({', '.join(channel_names)})"
+
+
+def _suffix(image: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if image.name.endswith(suffix)), SUFFIXES[0])
+
+
+def _stem(image: Path) -> str:
+    return image.name.removesuffix(_suffix(image))
+
+
+def _case_id(image: Path) -> str:
+    """`case_0000.nii.gz` -> `case`: nnU-Net's images carry a channel number, its masks do not."""
+    return _stem(image).removesuffix("_0000")

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.cases.case import Case
+from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.errors import InputError
-from ichbench.prepare.pipeline import prepare_case, restore_labels, restore_logits
+from ichbench.inference.postprocess import Postprocessing
+from ichbench.prepare.pipeline import Prepared, prepare_case, restore_labels
 from ichbench.prepare.plan import Plan
 from ichbench.recipe import InferenceRecipe, PrepareRecipe, ThresholdRecipe
 
@@ -36,6 +38,12 @@ class Tools:
     thresholds_hu: tuple[float, float] | None = None
     foreground_label: int = 1
     predictions: Path | None = None
+    #: what the networks' outputs mean; None: plain labels, one per output
+    rules: LabelRules | None = None
+    #: what `predict_unet` does to its masks at the end
+    postprocessing: Postprocessing | None = None
+    #: a cascade's second stage: the first stage's labels of a case on its native grid
+    previous: Callable[[Case], NDArray[np.int16]] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,17 +57,55 @@ class Prediction:
 def predict_unet(case: Case, tools: Tools) -> Prediction:
     """Prepare, sliding window, mean of the networks' logits, back to the native grid."""
     # torch is imported here so that the untrained arms and the board check do without it
-    from ichbench.inference.sliding import predict_logits
+    from ichbench.inference.ensemble import native_labels
 
-    plan = _plan(tools)
-    prepared = prepare_case(Case(case.id, case.image_czyx, None, case.grid), tools.prepare, plan)
-    total: NDArray[np.float32] | None = None
-    for network in tools.networks:
-        logits = predict_logits(network, prepared.image_czyx, plan, tools.inference, tools.device)
-        total = logits if total is None else total + logits
-    if total is None:
+    logits, prepared, rules = _logits(case, tools)
+    labels = native_labels(logits, prepared.geometry, rules)
+    return Prediction(labels if tools.postprocessing is None else tools.postprocessing.apply(labels).astype(np.int16), prepared.notes)
+
+
+def predict_probabilities(case: Case, tools: Tools) -> NDArray[np.float32]:
+    """Probabilities (heads, z, y, x) of one model on the native grid: softmax over labels, or a sigmoid per region."""
+    from ichbench.inference.ensemble import native_probabilities
+
+    logits, prepared, rules = _logits(case, tools)
+    return native_probabilities(logits, prepared.geometry, rules)
+
+
+def predict_with_probabilities(case: Case, tools: Tools) -> tuple[Prediction, NDArray[np.float32]]:
+    """Labels and probabilities of one model at the price of one; as in nnU-Net the labels are then those of the probabilities."""
+    from ichbench.inference.ensemble import native_probabilities
+
+    logits, prepared, rules = _logits(case, tools)
+    table = native_probabilities(logits, prepared.geometry, rules)
+    labels = rules.from_probabilities(table)
+    tidy = labels if tools.postprocessing is None else tools.postprocessing.apply(labels).astype(np.int16)
+    return Prediction(tidy, prepared.notes), table
+
+
+def predict_ensemble(case: Case, models: Sequence[Tools]) -> Prediction:
+    """Several models (each with its own preparation and plan, its folds among `networks`): the mean of their probabilities."""
+    from ichbench.inference.ensemble import mean_probabilities
+
+    mean = mean_probabilities(predict_probabilities(case, tools) for tools in models)
+    rules = models[0].rules or plain_rules(len(mean))
+    return Prediction(rules.from_probabilities(mean))
+
+
+def _logits(case: Case, tools: Tools) -> tuple[NDArray[np.floating], Prepared, LabelRules]:
+    from ichbench.inference.cascade import with_previous
+    from ichbench.inference.ensemble import fold_logits
+
+    if not tools.networks:
         raise InputError("the unet predictor needs at least one trained network")
-    return Prediction(restore_logits(total / len(tools.networks), prepared.geometry), prepared.notes)
+    plan = _plan(tools)
+    unlabelled = Case(case.id, case.image_czyx, None, case.grid)
+    prepared = prepare_case(unlabelled, tools.prepare, plan)
+    image = prepared.image_czyx
+    if tools.previous is not None:
+        image = with_previous(unlabelled, tools.previous(case), prepared, tools.prepare, plan, tools.rules)
+    logits = fold_logits(tools.networks, image, plan, tools.inference, tools.device, case.id)
+    return logits, prepared, tools.rules or plain_rules(len(logits))
 
 
 def predict_threshold(case: Case, tools: Tools) -> Prediction:

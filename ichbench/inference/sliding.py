@@ -3,10 +3,14 @@
 Tiles overlap and are averaged with a Gaussian weight that favours their middle (facts section 9). Instance norm makes a
 network's answer depend on the patch it sees, so every tile has exactly the plan's patch size: a smaller image is
 padded with 0 about its centre, and the padding is cut off again.
+
+Sums are kept in float32. nnU-Net keeps them in half precision, which rounds the logits of each tile (in a patch's corners,
+where its weight is 6e-8, to a few steps); `compatibility = "nnunet"` does the same, bit for bit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
@@ -24,6 +29,11 @@ from ichbench.recipe import InferenceRecipe
 SLICES_AT_ONCE = 8
 #: tiles that go through the network together; see `_forward`
 TILES_AT_ONCE = 2
+#: a lone volume of fewer elements is worth doubling; see `_forward`
+SMALL_ELEMENTS = 2**18
+
+Network = nn.Module | Callable[[Tensor], Tensor]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PatchPlan(Protocol):
@@ -51,83 +61,159 @@ def gaussian_weights(patch_size: Sequence[int]) -> NDArray[np.float32]:
     return np.asarray(np.maximum(weights, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
+def half_weights(patch_size: Sequence[int]) -> Tensor:
+    """The same as nnU-Net has it: scipy's filter on a single 1, largest 10, float16; what became 0 gets the smallest other value."""
+    weights = np.ones(())
+    for patch in patch_size:
+        line = np.zeros(patch)
+        line[patch // 2] = 1
+        weights = weights[..., None] * ndimage.gaussian_filter1d(line, patch / 8, mode="constant")
+    half = torch.from_numpy(np.asarray(weights / (weights.max() / 10))).to(torch.float16)
+    half[half == 0] = half[half != 0].min()
+    return half
+
+
 def predict_logits(
-    network: nn.Module | Callable[[Tensor], Tensor],
+    network: Network,
     image_czyx: NDArray[np.float32],
     plan: PatchPlan,
     recipe: InferenceRecipe,
     device: str = "cpu",
     name: str = "image",
-) -> NDArray[np.float32]:
-    """Logits (classes, z, y, x) float32 of a prepared image, averaged over tiles and, with `recipe.mirror`, mirrorings.
+) -> NDArray[np.floating]:
+    """Logits (heads, z, y, x) of a prepared image, averaged over tiles and, with `recipe.mirror`, mirrorings.
 
-    The network must be on `device`. A 2D plan predicts every slice for itself. Sums are kept in float32 on `device`.
-    Raises CaseError, with `name`, when a logit is not finite.
+    float32, or float16 with `compatibility = "nnunet"`. The network must be on `device`. A 2D plan predicts every slice for
+    itself. Raises CaseError, with `name`, when a logit is not finite.
     """
     if image_czyx.ndim != 4 or min(image_czyx.shape) < 1:
         raise InputError(f"{name}: expected an image (channels, z, y, x), got shape {image_czyx.shape}")
     if isinstance(network, nn.Module):
         network.eval()
-    with torch.inference_mode():
+    flips = mirrorings(recipe.mirror, plan.dims)
+    with torch.inference_mode(), _precision(recipe, device):
         image = torch.from_numpy(np.ascontiguousarray(image_czyx, dtype=np.float32)).to(device)
-        if plan.dims == 2:
+        if recipe.compatibility == "nnunet":
+            logits = _one_by_one(network, image, plan, recipe, flips)
+        elif plan.dims == 2:
             # slices are the batch: (z, c, y, x) in and out
             image = image.movedim(1, 0)
-            parts = [_tiled(network, part, plan.patch_size, recipe) for part in torch.split(image, SLICES_AT_ONCE)]
+            parts = [_tiled(network, part, plan.patch_size, recipe, flips) for part in torch.split(image, SLICES_AT_ONCE)]
             logits = torch.cat(parts).movedim(0, 1)
         else:
-            logits = _tiled(network, image[None], plan.patch_size, recipe)[0]
-        if not bool(torch.isfinite(logits).all()):
-            raise CaseError(f"{name}: the network gave a logit that is not finite; check the image for NaN and the training for divergence")
+            logits = _tiled(network, image[None], plan.patch_size, recipe, flips)[0]
+        if not all(bool(torch.isfinite(head).all()) for head in logits):
+            half = ", or for logits beyond 65504 / 10, the end of half precision" if recipe.compatibility == "nnunet" else ""
+            raise CaseError(
+                f"{name}: the network gave a logit that is not finite; check the image for NaN and the training for divergence{half}"
+            )
         return np.ascontiguousarray(logits.cpu().numpy())
 
 
-def _tiled(network: Callable[[Tensor], Tensor], images: Tensor, patch_size: Sequence[int], recipe: InferenceRecipe) -> Tensor:
-    """(batch, c, *spatial) -> (batch, classes, *spatial)."""
-    shape = images.shape[2:]
+def mirrorings(mirror: bool | tuple[int, ...], dims: int) -> list[tuple[int, ...]]:
+    """Every set of axes to flip, in the order in which nnU-Net sums them: none, single axes, pairs, all.
+
+    Axes count from the end of the array (-dims to -1), so that batch and channel axes do not matter.
+    """
+    axes = tuple(range(dims)) if mirror is True else tuple(sorted(set(mirror or ())))
+    if axes and axes[-1] >= dims:
+        raise InputError(f"inference.mirror names the axes {list(axes)}, but a {dims}D network has the axes {list(range(dims))}")
+    return [tuple(axis - dims for axis in some) for count in range(len(axes) + 1) for some in itertools.combinations(axes, count)]
+
+
+def _precision(recipe: InferenceRecipe, device: str) -> Any:
+    kind = torch.device(device).type
+    if kind == "cpu" and recipe.precision == "fp16":
+        raise InputError("inference.precision = 'fp16' is for GPUs; use 'fp32', or 'bf16' where the CPU computes in it")
+    if recipe.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype=DTYPES[recipe.precision])
+
+
+def _one_by_one(network: Network, image: Tensor, plan: PatchPlan, recipe: InferenceRecipe, flips: Sequence[tuple[int, ...]]) -> Tensor:
+    """(c, z, y, x) -> (heads, z, y, x) float16 in nnU-Net's order of operations: a tile alone, weighted, added, rounded."""
+    padded, inner = _padded(image, plan.patch_size)
+    window: Any = half_weights(plan.patch_size).to(image.device) if recipe.gaussian else 1
+    total = torch.zeros(())
+    weights = torch.zeros(padded.shape[1:], dtype=torch.float16, device=image.device)
+    for tile in _tiles(padded.shape[1:], plan.patch_size, recipe.tile_step):
+        # what lies before the tile's own axes: the slices of a 2D network, else nothing
+        for lead in range(len(padded[0])) if plan.dims == 2 else (Ellipsis,):
+            where = (lead, *tile[1:])
+            patch = padded[(slice(None), *where)][None].contiguous()
+            answer = _mirrored(network, patch, flips)[0]
+            if total.ndim == 0:
+                total = torch.zeros((len(answer), *padded.shape[1:]), dtype=torch.float16, device=image.device)
+            # the product keeps the answer's precision; the sum is rounded to half at every tile
+            total[(slice(None), *where)] += answer * window
+            weights[where] += window
+    return (total.div_(weights))[inner]
+
+
+def _tiled(
+    network: Network, images: Tensor, patch_size: Sequence[int], recipe: InferenceRecipe, flips: Sequence[tuple[int, ...]]
+) -> Tensor:
+    """(batch, c, *spatial) -> (batch, heads, *spatial)."""
+    images, inner = _padded(images, patch_size)
+    tiles = list(_tiles(images.shape[2:], patch_size, recipe.tile_step))
+    if len(tiles) == 1:
+        return _forward(network, images, flips)[inner]
+    window = gaussian_weights(patch_size) if recipe.gaussian else np.ones(tuple(patch_size), dtype=np.float32)
+    weight = torch.from_numpy(window).to(images.device)
+    total = torch.zeros(())
+    weights = torch.zeros(images.shape[2:], device=images.device)
+    samples = len(images)
+    for first in range(0, len(tiles), TILES_AT_ONCE):
+        some = tiles[first : first + TILES_AT_ONCE]
+        answers = _forward(network, torch.cat([images[tile] for tile in some]), flips)
+        if total.ndim == 0:
+            total = torch.zeros((samples, answers.shape[1], *images.shape[2:]), device=images.device)
+        for tile, answer in zip(some, torch.split(answers, samples), strict=True):
+            total[tile] += answer * weight
+            weights[tile[1:]] += weight
+    # in place: a whole-body scan's logits are gigabytes
+    return total.div_(weights)[inner]
+
+
+def _padded(images: Tensor, patch_size: Sequence[int]) -> tuple[Tensor, tuple[Any, ...]]:
+    """Zeros about the last axes up to the patch size (an odd voxel at the end), and the index that cuts them off again."""
+    shape = images.shape[images.ndim - len(patch_size) :]
     before = [max(0, patch - length) // 2 for length, patch in zip(shape, patch_size, strict=True)]
     after = [max(0, patch - length) - b for length, patch, b in zip(shape, patch_size, before, strict=True)]
     if any(after):
         images = torch.nn.functional.pad(images, [n for pair in zip(before[::-1], after[::-1], strict=True) for n in pair])
-    tiles = list(_tiles(images.shape[2:], patch_size, recipe.tile_step))
-    if len(tiles) == 1:
-        logits = _forward(network, images, recipe.mirror)
-    else:
-        window = gaussian_weights(patch_size) if recipe.gaussian else np.ones(tuple(patch_size), dtype=np.float32)
-        weight = torch.from_numpy(window).to(images.device)
-        total = torch.zeros(())
-        weights = torch.zeros(images.shape[2:], device=images.device)
-        samples = len(images)
-        for first in range(0, len(tiles), TILES_AT_ONCE):
-            some = tiles[first : first + TILES_AT_ONCE]
-            answers = _forward(network, torch.cat([images[tile] for tile in some]), recipe.mirror)
-            if total.ndim == 0:
-                total = torch.zeros((samples, answers.shape[1], *images.shape[2:]), device=images.device)
-            for tile, answer in zip(some, torch.split(answers, samples), strict=True):
-                total[tile] += answer * weight
-                weights[tile[1:]] += weight
-        logits = total / weights
-    inner: tuple[Any, ...] = (..., *(slice(b, b + length) for b, length in zip(before, shape, strict=True)))
-    return logits[inner]
+    return images, (..., *(slice(b, b + length) for b, length in zip(before, shape, strict=True)))
 
 
 def _tiles(shape: Sequence[int], patch_size: Sequence[int], tile_step: float) -> Iterator[tuple[Any, ...]]:
     """An index (..., *spatial slices) for every tile."""
-    starts = [tile_starts(length, patch, tile_step) for length, patch in zip(shape, patch_size, strict=True)]
+    spatial = shape[len(shape) - len(patch_size) :]
+    starts = [tile_starts(length, patch, tile_step) for length, patch in zip(spatial, patch_size, strict=True)]
     for corner in itertools.product(*starts):
         yield Ellipsis, *(slice(start, start + patch) for start, patch in zip(corner, patch_size, strict=True))
 
 
-def _forward(network: Callable[[Tensor], Tensor], x: Tensor, mirror: bool) -> Tensor:
-    """One answer, or the mean over all 2^k mirrorings of the k spatial axes."""
-    if x.shape[0] == 1 and x.ndim == 5 and x.device.type == "cpu":
-        # torch hands a lone small volume to a plain loop that takes ten times as long as oneDNN, which it uses from two on
-        return _forward(network, torch.cat([x, x]), mirror)[:1]
-    if not mirror:
-        return network(x).float()
-    axes = range(2, x.ndim)
-    combinations = [flips for count in range(x.ndim - 1) for flips in itertools.combinations(axes, count)]
-    total = network(x).float()
-    for flips in combinations[1:]:
-        total = total + network(x.flip(flips)).float().flip(flips)
-    return total / len(combinations)
+def _mirrored(network: Network, x: Tensor, flips: Sequence[tuple[int, ...]]) -> Tensor:
+    """The mean over mirrorings, summed in the network's own precision."""
+    total = network(x)
+    for axes in flips[1:]:
+        total = total + network(x.flip(axes)).flip(axes)
+    return total / len(flips) if len(flips) > 1 else total
+
+
+def _forward(network: Network, x: Tensor, flips: Sequence[tuple[int, ...]]) -> Tensor:
+    """The mean over mirrorings, summed in float32."""
+    # torch hands a lone small volume to a plain loop that takes ten times as long as oneDNN, which it uses from two on
+    lone = x.shape[0] == 1 and x.ndim == 5 and x.device.type == "cpu" and x.numel() < SMALL_ELEMENTS
+    at_once = 2 if lone else 1
+    total: Tensor | None = None
+    for first in range(0, len(flips), at_once):
+        some = flips[first : first + at_once]
+        batch = torch.cat([x.flip(axes) for axes in some]) if len(some) > 1 else x.flip(some[0])
+        if lone and len(some) == 1:
+            batch = torch.cat([batch, batch])
+        for axes, answer in zip(some, torch.split(network(batch).float(), len(x)), strict=False):
+            total = answer.flip(axes) if total is None else total + answer.flip(axes)
+    if total is None:
+        raise InputError("there is no mirroring to predict with")
+    return total / len(flips)

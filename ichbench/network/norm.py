@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class NormAct(nn.Module):
-    """Per sample and channel: (x - mean) / sqrt(var + eps) * weight + bias, then leaky ReLU."""
+    """Per sample and channel: (x - mean) / sqrt(var + eps) * weight + bias, then leaky ReLU; a slope of 1 leaves that out."""
 
     def __init__(self, channels: int, leaky_slope: float, eps: float = 1e-5) -> None:
         super().__init__()
@@ -26,10 +26,28 @@ class NormAct(nn.Module):
         self.leaky_slope, self.eps = leaky_slope, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            return _in_place(x, self.weight, self.bias, self.leaky_slope, self.eps)
         if x.device.type == "cpu" and x.dtype == torch.float32:
             return _ChannelsLast.apply(x, self.weight, self.bias, self.leaky_slope, self.eps)  # type: ignore[no-any-return, no-untyped-call]
         normed = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
-        return F.leaky_relu(normed, self.leaky_slope, inplace=True)
+        return normed if self.leaky_slope == 1 else F.leaky_relu(normed, self.leaky_slope, inplace=True)
+
+
+def _in_place(x: Tensor, weight: Tensor, bias: Tensor, leaky_slope: float, eps: float) -> Tensor:
+    """`_ChannelsLast` for prediction, the same bits with one new array instead of three; `x`, a convolution's answer, is used up."""
+    samples, channels = x.shape[:2]
+    voxels = math.prod(x.shape[2:])
+    per_row = math.gcd(voxels, max(1, 256 // channels))
+    rows = x.movedim(1, -1).reshape(samples, voxels // per_row, per_row * channels)
+    rows.sub_(_tile(_voxel_sum(rows, channels) / voxels, per_row))
+    out = rows * rows
+    scale = torch.rsqrt(_voxel_sum(out, channels) / voxels + eps)
+    rows.mul_(_tile(scale, per_row))
+    torch.addcmul(bias.repeat(per_row), rows, weight.repeat(per_row), out=out)
+    if leaky_slope != 1:
+        F.leaky_relu_(out, leaky_slope)
+    return _image(out, x.shape)
 
 
 class _ChannelsLast(torch.autograd.Function):
@@ -46,7 +64,8 @@ class _ChannelsLast(torch.autograd.Function):
         scale = torch.rsqrt(variance + eps)
         normed.mul_(_tile(scale, per_row))
         out = torch.addcmul(bias.repeat(per_row), normed, weight.repeat(per_row))
-        F.leaky_relu_(out, leaky_slope)
+        if leaky_slope != 1:
+            F.leaky_relu_(out, leaky_slope)
         ctx.save_for_backward(normed, out, scale, weight)
         ctx.leaky_slope, ctx.shape, ctx.per_row = leaky_slope, x.shape, per_row
         return _image(out, x.shape)
@@ -56,7 +75,8 @@ class _ChannelsLast(torch.autograd.Function):
         normed, out, scale, weight = ctx.saved_tensors
         channels, voxels = ctx.shape[1], math.prod(ctx.shape[2:])
         rows = grad.movedim(1, -1).reshape(normed.shape)
-        rows = torch.ops.aten.leaky_relu_backward(rows, out, ctx.leaky_slope, True)
+        # the next lines write into `rows`, which must not be the caller's gradient
+        rows = torch.ops.aten.leaky_relu_backward(rows, out, ctx.leaky_slope, True) if ctx.leaky_slope != 1 else rows.clone()
         grad_bias, grad_weight = _voxel_sum(rows, channels), _voxel_sum(rows * normed, channels)
         # d/dx of the norm: what moves the mean and what moves the variance is taken out
         rows.sub_(_tile(grad_bias / voxels, ctx.per_row))

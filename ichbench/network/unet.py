@@ -1,9 +1,10 @@
-"""The U-Net of nnU-Net ("PlainConvUNet"), 2D and 3D from one class.
+"""The two U-Nets of nnU-Net, "PlainConvUNet" and "ResidualEncoderUNet", 2D and 3D from one class.
 
-Encoder: stages of conv - instance norm - leaky ReLU, the first conv of a stage strided. Decoder: transposed conv whose
-kernel is the stride it undoes, concatenated with the encoder's features as (up, skip), then conv blocks again. Every
-decoder level has a 1x1 head; with deep supervision all of them are trained.
-Source: Isensee et al., Nature Methods 2021; dynamic-network-architectures d35f85c7, facts section 7.
+Encoder: stages of convolution blocks (plain), or one convolution block and then stages of residual blocks; the first
+block of a stage is strided. Decoder, the same for both: transposed conv whose kernel is the stride it undoes,
+concatenated with the encoder's features as (up, skip), then convolution blocks. Every decoder level has a 1x1 head; with
+deep supervision all of them are trained.
+Source: Isensee et al., Nature Methods 2021 and MICCAI 2024; dynamic-network-architectures d35f85c7, facts section 7.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ichbench.errors import InputError
+from ichbench.network.blocks import BLOCKS, CONV, UP_CONV, Axes, ConvBlock, ResidualBlock, stage
 from ichbench.network.norm import NormAct
 from ichbench.recipe import NetworkRecipe
 
-Axes = tuple[int, ...]
-
-CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
-UP_CONV: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+#: beyond these a plan is a mistake, or made to exhaust the machine (nnU-Net's largest have 512 features and 40 blocks)
+MOST_FEATURES, MOST_BLOCKS = 2**15, 1000
 CHANNELS_LAST: dict[int, Any] = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -31,6 +31,8 @@ class Topology(Protocol):
 
     @property
     def dims(self) -> int: ...
+    @property
+    def family(self) -> str: ...
     @property
     def in_channels(self) -> int: ...
     @property
@@ -41,28 +43,13 @@ class Topology(Protocol):
     def strides(self) -> Sequence[Axes]: ...
     @property
     def kernels(self) -> Sequence[Axes]: ...
+    @property
+    def convs_per_stage(self) -> Sequence[int]:
+        """Blocks of each encoder stage."""
 
-
-class ConvBlock(nn.Module):
-    """conv - instance norm - leaky ReLU; "same" padding."""
-
-    def __init__(self, dims: int, channels_in: int, channels_out: int, kernel: Axes, stride: Axes, leaky_slope: float) -> None:
-        super().__init__()
-        padding = tuple((k - 1) // 2 for k in kernel)
-        self.conv = CONV[dims](channels_in, channels_out, kernel, stride, padding)
-        self.norm = NormAct(channels_out, leaky_slope)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))  # type: ignore[no-any-return]
-
-
-def conv_stage(dims: int, channels: tuple[int, int], kernel: Axes, stride: Axes, recipe: NetworkRecipe) -> nn.Sequential:
-    """`convs_per_stage` blocks; the first changes the channel count and carries the stride."""
-    channels_in, channels_out = channels
-    first = ConvBlock(dims, channels_in, channels_out, kernel, stride, recipe.leaky_slope)
-    one = (1,) * dims
-    more = (ConvBlock(dims, channels_out, channels_out, kernel, one, recipe.leaky_slope) for _ in range(recipe.convs_per_stage - 1))
-    return nn.Sequential(first, *more)
+    @property
+    def decoder_convs(self) -> Sequence[int]:
+        """Convolution blocks of each decoder level, in nnU-Net's order: the deepest level first."""
 
 
 class UNet(nn.Module):
@@ -70,31 +57,36 @@ class UNet(nn.Module):
 
     While training with deep supervision it returns a list, one entry per decoder level, the highest resolution first.
     Every axis of the input must be a multiple of the product of that axis' strides.
-    Parameters are named encoder.S.I, up.L, decoder.L.I and heads.L, with level L = 0 the highest resolution.
+    Parameters are named [stem.]encoder.S.I, up.L, decoder.L.I and heads.L, with level L = 0 the highest resolution.
     """
 
     def __init__(self, plan: Topology, recipe: NetworkRecipe) -> None:
         super().__init__()
-        dims, features = plan.dims, tuple(plan.features)
+        dims, features, slope = plan.dims, tuple(plan.features), recipe.leaky_slope
         self.dims = dims
         self.deep_supervision = recipe.deep_supervision
-        channels = pairwise((plan.in_channels, *features))
-        stages = zip(channels, plan.kernels, plan.strides, strict=True)
-        self.encoder = nn.ModuleList(conv_stage(dims, c, kernel, stride, recipe) for c, kernel, stride in stages)
-        one = (1,) * dims
+        one, first = (1,) * dims, plan.in_channels
+        self.stem = nn.Identity() if plan.family == "plain" else ConvBlock(dims, first, features[0], plan.kernels[0], one, slope)
+        channels = pairwise((first if plan.family == "plain" else features[0], *features))
+        down, levels = plan.convs_per_stage, plan.decoder_convs
+        if recipe.convs_per_stage != "auto":
+            down, levels = [recipe.convs_per_stage] * len(down), [recipe.convs_per_stage] * len(levels)
+        stages = zip(channels, plan.kernels, plan.strides, down, strict=True)
+        self.encoder = nn.ModuleList(stage(plan.family, dims, c, kernel, stride, n, slope) for c, kernel, stride, n in stages)
         self.up, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for level in range(len(features) - 1):
-            here, below, stride = features[level], features[level + 1], plan.strides[level + 1]
+        for level, convs in enumerate(reversed(levels)):
+            here, below, stride = features[level], features[level + 1], tuple(plan.strides[level + 1])
             self.up.append(UP_CONV[dims](below, here, stride, stride))
-            self.decoder.append(conv_stage(dims, (2 * here, here), plan.kernels[level], one, recipe))
+            self.decoder.append(stage("plain", dims, (2 * here, here), plan.kernels[level], one, convs, slope))
             self.heads.append(CONV[dims](here, plan.n_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=CHANNELS_LAST[self.dims])
+        x = self.stem(x)
         skips = []
-        for stage in self.encoder:
-            x = stage(x)
+        for blocks in self.encoder:
+            x = blocks(x)
             skips.append(x)
         every = self.training and self.deep_supervision
         logits = []
@@ -109,11 +101,10 @@ class UNet(nn.Module):
 def make_unet(plan: Topology, recipe: NetworkRecipe, seed: int = 0) -> UNet:
     """A U-Net with He-normal weights (leaky slope 0.01) and zero biases, drawn from `seed` alone.
 
-    Raises InputError when the plan has fewer than two stages.
+    Residual blocks start as their input alone: scale and shift of their last norm are 0.
+    Raises InputError when the plan has fewer than two stages or its parts do not fit together.
     """
-    levels = len(plan.features) - 1
-    if levels < 1:
-        raise InputError(f"the plan has {levels + 1} stage(s); a U-Net needs at least 2: the images (or plan.patch_size) are too small")
+    check_topology(plan)
     # building on the meta device leaves torch's global generator where it was
     with torch.device("meta"):
         network = UNet(plan, recipe)
@@ -125,5 +116,30 @@ def make_unet(plan: Topology, recipe: NetworkRecipe, seed: int = 0) -> UNet:
             nn.init.zeros_(module.bias)
         elif isinstance(module, tuple(CONV.values()) + tuple(UP_CONV.values())):
             nn.init.kaiming_normal_(module.weight, a=0.01, generator=generator)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.conv2.norm.weight)
     return network.to(memory_format=CHANNELS_LAST[plan.dims])  # type: ignore[call-overload, no-any-return]
+
+
+def check_topology(plan: Topology) -> None:
+    """Raise InputError where the parts of a plan make no network."""
+    stages = len(plan.features)
+    if stages < 2:
+        raise InputError(f"the plan has {stages} stage(s); a U-Net needs at least 2: the images (or plan.patch_size) are too small")
+    if plan.family not in BLOCKS:
+        raise InputError(f"the plan's family is {plan.family!r}; allowed are {', '.join(BLOCKS)}")
+    lengths = {name: len(getattr(plan, name)) for name in ("strides", "kernels", "convs_per_stage")}
+    wrong = {name: length for name, length in lengths.items() if length != stages}
+    if wrong or len(plan.decoder_convs) != stages - 1:
+        said = lengths | {"decoder_convs": len(plan.decoder_convs)}
+        raise InputError(f"the plan has {stages} stages, but {said}; one entry per stage (decoder: one less) is needed, so plan again")
+    if max(plan.features) > MOST_FEATURES or sum(plan.convs_per_stage) + sum(plan.decoder_convs) > MOST_BLOCKS:
+        raise InputError(f"the plan has more than {MOST_FEATURES} features a stage or {MOST_BLOCKS} blocks; no network is that large")
+    even = [kernel for kernel in plan.kernels if any(size % 2 == 0 or size < 1 for size in kernel)]
+    if even:
+        raise InputError(f"the plan has the kernel {tuple(even[0])}; only odd sizes keep the shape of the image")
+    if any(step < 1 for stride in plan.strides for step in stride):
+        raise InputError(f"the plan has the strides {[tuple(stride) for stride in plan.strides]}; every one must be 1 or more")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ichbench.prepare.fingerprint import Fingerprint, case_facts, combine, fingerprint
+from ichbench.prepare.geometry import FlagGeometry, Geometry
+from ichbench.prepare.locations import foreground_locations, location_classes
 from ichbench.prepare.pipeline import (
-    FlagGeometry,
-    Geometry,
     Prepared,
+    ShearedGridWarning,
     flagged_case,
     prepare_case,
     restore_labels,
@@ -24,11 +25,14 @@ __all__ = [
     "Geometry",
     "Plan",
     "Prepared",
+    "ShearedGridWarning",
     "case_facts",
     "combine",
     "fingerprint",
     "flagged_case",
+    "foreground_locations",
     "list_prepared",
+    "location_classes",
     "make_plan",
     "prepare_case",
     "read_prepared",

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.cases.case import Case
-from ichbench.prepare.resize import interpolate_axis, resize, resize_labels
+from ichbench.prepare.linear import resize_labels
+from ichbench.prepare.resize import interpolate_axis, resize
 from ichbench.recipe import Downsample
 
 FloatArray = NDArray[np.floating]

@@ -5,8 +5,11 @@ It is taken after the paper's flags have acted, because those change spacing, sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +17,14 @@ from numpy.typing import NDArray
 
 from ichbench.cases.case import Case
 from ichbench.errors import InputError
-from ichbench.prepare.crop import nonzero_box, slices
+from ichbench.prepare.crop import extent, slices
 
 #: nnU-Net draws this many foreground voxels in all, shared evenly between the cases
 N_SAMPLES = 10**8
 SEED = 1234
+CHUNK = 2**20
+
+Counted = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Fingerprint:
             "spacings": [list(spacing) for spacing in self.spacings],
         }
 
+    def to_text(self) -> str:
+        """The file that nnU-Net writes: four spaces, keys sorted."""
+        return json.dumps(self.to_json(), indent=4)
+
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Fingerprint:
         """Read what `to_json` or nnU-Net wrote."""
@@ -57,6 +67,17 @@ class Fingerprint:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"not a dataset fingerprint: {error!r}; prepare the cohort again") from None
+
+
+def read_fingerprint(path: Path, n_cases: int) -> Fingerprint:
+    """A fingerprint file, ours or nnU-Net's, of that many cases; `InputError` where it is not one."""
+    try:
+        found = Fingerprint.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); give a dataset_fingerprint.json") from None
+    if len(found.spacings) != n_cases:
+        raise InputError(f"{path}: was taken of {len(found.spacings)} cases, but there are {n_cases} training cases; take it again")
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,8 @@ def case_facts(case: Case) -> CaseFacts:
     """Measure one case (after the flags). All labels above 0 are foreground, an ignore label included, as in nnU-Net."""
     if case.labels_zyx is None:
         raise InputError(f"case {case.id} has no labels; a fingerprint is taken over labelled training cases")
-    box, _ = nonzero_box(case.image_czyx)
+    # without its holes filled, which cannot enlarge the box
+    box = extent((case.image_czyx != 0).any(axis=0))
     shape = (box[0][1] - box[0][0], box[1][1] - box[1][0], box[2][1] - box[2][0])
     inside = slices(box)
     values = case.image_czyx[(slice(None), *inside)][:, case.labels_zyx[inside] > 0]
@@ -86,13 +108,16 @@ def fingerprint(cases: Iterable[Case], sampled: bool = False, n_samples: int = N
     nnU-Net draws n_samples // n_cases foreground voxels with replacement from each case, so a case counts the same
     whatever the size of its bleed. By default the law of that draw is evaluated exactly, from the counted values, each
     case weighing the same: deterministic, fast, and what nnU-Net's numbers converge to. `sampled=True` repeats
-    nnU-Net's draw itself (0.4 GB a channel at its 1e8 samples).
+    nnU-Net's draw itself and so gives its file to the last digit (0.8 GB at its 1e8 samples, and some seconds a channel).
     """
     return combine((case_facts(case) for case in cases), sampled, n_samples)
 
 
-def combine(facts: Iterable[CaseFacts], sampled: bool = False, n_samples: int = N_SAMPLES) -> Fingerprint:
-    """Fingerprint from what `case_facts` found, in the order of the cases (they may have been measured in parallel)."""
+def combine(facts: Iterable[CaseFacts], sampled: bool = False, n_samples: int = N_SAMPLES, workers: int = 1) -> Fingerprint:
+    """Fingerprint from what `case_facts` found, in the order of the cases (they may have been measured in parallel).
+
+    workers  threads for the draw, which changes nothing but the time
+    """
     found = list(facts)
     if not found:
         raise InputError("there are no training cases to take a fingerprint of")
@@ -102,8 +127,8 @@ def combine(facts: Iterable[CaseFacts], sampled: bool = False, n_samples: int = 
     if len({len(one) for one in with_foreground}) != 1:
         raise InputError(f"the training cases have different numbers of channels: {sorted({len(one) for one in with_foreground})}")
     if sampled:
-        columns = _nnunet_draw(with_foreground, n_samples // len(found))
-        intensities = {str(index): _sample_statistics(column) for index, column in enumerate(columns)}
+        drawn = _nnunet_statistics([one.foreground for one in found], n_samples // len(found), workers)
+        intensities = {str(index): facts for index, facts in enumerate(drawn)}
     else:
         channels = range(len(with_foreground[0]))
         intensities = {str(index): _law_statistics([one[index] for one in with_foreground]) for index in channels}
@@ -143,28 +168,62 @@ def _quantile(values: NDArray[np.float64], reached: NDArray[np.float64], share: 
     return float(values[at])
 
 
-def _nnunet_draw(cases: list[NDArray[np.float32]], n: int) -> list[NDArray[np.float32]]:
-    """Per channel, n values of each case with replacement; the generator starts anew for each case, not for each channel."""
-    drawn: list[list[NDArray[np.float32]]] = [[] for _ in range(len(cases[0]))]
-    for channels in cases:
-        # nnU-Net's numbers come from this legacy generator, so the same one is needed to repeat them
-        generator = np.random.RandomState(SEED)
-        for index, values in enumerate(channels):
-            drawn[index].append(generator.choice(values, n, replace=True))
-    return [np.concatenate(parts) for parts in drawn]
+def _nnunet_statistics(cases: list[NDArray[np.float32]], n: int, workers: int) -> Iterator[dict[str, float]]:
+    """Per channel the statistics of n values of each case, drawn with replacement, as numpy finds them for nnU-Net.
+
+    The generator starts anew for each case, not for each channel. Where a case has no foreground, nnU-Net's pool becomes
+    float64 and its sums with it; else they are float32 and so differ in the 7th digit.
+    """
+    # nnU-Net's numbers come from this legacy generator, so the same one is needed to repeat them
+    filled = [(channels, np.random.RandomState(SEED)) for channels in cases if channels.shape[1] > 0]
+    pool: NDArray[Any] = np.empty(n * len(filled), dtype=np.float32 if len(filled) == len(cases) else np.float64)
+    with ThreadPoolExecutor(workers) as threads:
+        for index in range(len(filled[0][0])):
+            jobs = [
+                threads.submit(_draw, channels[index], generator, pool[place * n : (place + 1) * n])
+                for place, (channels, generator) in enumerate(filled)
+            ]
+            yield _pool_statistics(pool, [job.result() for job in jobs])
 
 
-def _sample_statistics(values: NDArray[np.float32]) -> dict[str, float]:
-    low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
+def _draw(values: NDArray[np.float32], generator: np.random.RandomState, out: NDArray[np.floating]) -> Counted:
+    """Fill `out` as `generator.choice(values, len(out))` would; returns the distinct values and how often each was drawn."""
+    drawn = np.zeros(len(values), dtype=np.int64)
+    for start in range(0, len(out), CHUNK):
+        part = out[start : start + CHUNK]
+        picked = generator.randint(0, len(values), size=len(part))
+        part[:] = values[picked]
+        drawn += np.bincount(picked, minlength=len(values))
+    distinct, inverse = np.unique(values, return_inverse=True)
+    # counts stay below 2**53, so float64 holds them exactly
+    return distinct, np.bincount(inverse, weights=drawn).astype(np.int64)
+
+
+def _pool_statistics(pool: NDArray[np.floating], counted: list[Counted]) -> dict[str, float]:
+    """Sums over the pool itself, because their rounding depends on its order; percentiles from the counts, which is exact."""
+    values, counts = np.concatenate([one for one, _ in counted]), np.concatenate([one for _, one in counted])
+    values, counts = values[counts > 0], counts[counts > 0]
+    order = np.argsort(values, kind="stable")
+    values, reached = values[order].astype(pool.dtype), np.cumsum(counts[order])
     return {
-        "max": float(values.max()),
-        "mean": float(values.mean()),
-        "median": float(median),
-        "min": float(values.min()),
-        "percentile_00_5": float(low),
-        "percentile_99_5": float(high),
-        "std": float(values.std()),
+        "max": float(values[-1]),
+        "mean": float(pool.mean()),
+        "median": _percentile(values, reached, 50.0),
+        "min": float(values[0]),
+        "percentile_00_5": _percentile(values, reached, 0.5),
+        "percentile_99_5": _percentile(values, reached, 99.5),
+        "std": float(pool.std()),
     }
+
+
+def _percentile(values: NDArray[np.floating], reached: NDArray[np.int64], percent: float) -> float:
+    """numpy's linear percentile of sorted values that fill the ranks below `reached`, to the last bit."""
+    at = float((int(reached[-1]) - 1) * np.true_divide(percent, 100))
+    below, share = int(at), at - int(at)
+    low, high = values[np.searchsorted(reached, [below, min(below + 1, int(reached[-1]) - 1)], side="right")]
+    step = float(high - low)
+    # numpy starts from the nearer end
+    return float(low) + step * share if share < 0.5 else float(high) - step * (1 - share)
 
 
 def _sorted_channels(table: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -10,10 +10,9 @@ interpolation of the logits per axis, then argmax (ties to the lower class). Wha
 
 from __future__ import annotations
 
-import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,69 +21,32 @@ from ichbench.cases.case import Case
 from ichbench.errors import InputError
 from ichbench.prepare.crop import crop_to_nonzero
 from ichbench.prepare.downsample import downsample_case, in_plane_ratio, respace_slices
+from ichbench.prepare.geometry import FlagGeometry, Floats3, Geometry, Shape
+from ichbench.prepare.locations import Location, foreground_locations
 from ichbench.prepare.normalize import normalize
 from ichbench.prepare.plan import Plan
 from ichbench.prepare.resample import resample_image, resample_labels, resampled_shape
-from ichbench.prepare.resize import interpolate_axis
+from ichbench.prepare.restore import restore, restore_each
 from ichbench.prepare.slices import cover, head_range, neighbours, oriented, permuted, reference_range, take_slices
 from ichbench.prepare.window import apply_grey_levels, flagged_channel_names, is_ct, warn_constant
 from ichbench.recipe import PrepareRecipe
 
-Shape = tuple[int, int, int]
-Floats3 = tuple[float, float, float]
-
-#: nnU-Net keeps this many locations of a class, or this share of its voxels if that is more
-LOCATIONS, LOCATIONS_SHARE, LOCATIONS_SEED = 10_000, 0.01, 1234
-
-
-@dataclass(frozen=True)
-class FlagGeometry:
-    """Where the flagged volume lies in the native one.
-
-    native_shape   the case as it came
-    axes, flips    working axis k is native axis axes[k], reversed if flips[k] (both trivial unless `reorient`)
-    slice_back     for each native slice (in working order) its fractional index in the flagged stack
-    kept_slices    (first, last + 1) native slices that the crop kept; extension slices are not among them
-    in_plane_ratio native pixel i lies at (i + 0.5) * ratio - 0.5 of the flagged slice, along (y, x)
-    file_order     flagged axis k is working axis file_order[k] (trivial unless compatibility = "nnunet")
-    """
-
-    native_shape: Shape
-    axes: Shape
-    flips: tuple[bool, bool, bool]
-    slice_back: tuple[float, ...]
-    kept_slices: tuple[int, int]
-    in_plane_ratio: tuple[float, float]
-    file_order: Shape
+__all__ = [
+    "FlagGeometry",
+    "Geometry",
+    "Prepared",
+    "ShearedGridWarning",
+    "flagged_case",
+    "prepare_case",
+    "restore_labels",
+    "restore_logits",
+    "restore_scores",
+    "roundtrip",
+]
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """All that `restore_logits` needs. The last six are in the plan's axis order; shapes in voxels, spacings in mm."""
-
-    flags: FlagGeometry
-    transpose_forward: Shape
-    shape_before_crop: Shape
-    box: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-    spacing_mm: Floats3
-    shape: Shape
-    new_spacing_mm: Floats3
-
-    @property
-    def cropped_shape(self) -> Shape:
-        """Voxels inside the box, before resampling."""
-        (z0, z1), (y0, y1), (x0, x1) = self.box
-        return z1 - z0, y1 - y0, x1 - x0
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, table: Mapping[str, Any]) -> Geometry:
-        """Read what `to_json` wrote."""
-        values = {key: _tuples(value) for key, value in table.items() if key != "flags"}
-        return cls(flags=FlagGeometry(**{key: _tuples(value) for key, value in table["flags"].items()}), **values)
+class ShearedGridWarning(UserWarning):
+    """A case's axes are not at right angles: it is prepared as if they were."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +57,7 @@ class Prepared:
     labels_zyx    int16 or None; -1 outside the nonzero mask, where there is nothing to learn
     geometry      the way back
     notes         what the preparation complained about, e.g. a constant image
-    foreground    label -> (n, 3) positions (z, y, x) of some or all of its voxels, for sampling patches
+    foreground    label or region -> (n, 3) positions (z, y, x) of some or all of its voxels, for sampling patches
     """
 
     id: str
@@ -103,7 +65,7 @@ class Prepared:
     labels_zyx: NDArray[np.int16] | None
     geometry: Geometry
     notes: tuple[str, ...] = ()
-    foreground: Mapping[int, NDArray[np.int32]] = field(default_factory=dict)
+    foreground: Mapping[Location, NDArray[np.int32]] = field(default_factory=dict)
 
 
 def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str] = ("CT",)) -> tuple[Case, FlagGeometry, tuple[str, ...]]:
@@ -115,6 +77,7 @@ def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]
         raise InputError(f"case {case.id} has {len(case.image_czyx)} channels, but the cohort declares {list(channel_names)}")
     if not np.isfinite(case.image_czyx).all():
         raise InputError(f"case {case.id}: the image holds NaN or infinite values; repair the file before preparing it")
+    sheared = _sheared_notes(case)
     working, axes, flips = oriented(case) if recipe.reorient else (case, (0, 1, 2), (False, False, False))
     n = working.grid.shape_zyx[0]
     kept = _crop_range(working, recipe, channel_names)
@@ -133,13 +96,17 @@ def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]
     file_order = (0, 1, 2)
     if recipe.compatibility == "nnunet":
         file_order = _as_shape([flagged.grid.file_axes.index(axis) for axis in (2, 1, 0)])
-        flagged = permuted(flagged, file_order)
+        flagged = _contiguous(permuted(flagged, file_order))
     slice_back = tuple(float(value) for value in back - first + extension)
-    return flagged, FlagGeometry(case.grid.shape_zyx, axes, flips, slice_back, kept, ratio, file_order), notes
+    return flagged, FlagGeometry(case.grid.shape_zyx, axes, flips, slice_back, kept, ratio, file_order), (*sheared, *notes)
 
 
-def prepare_case(case: Case, recipe: PrepareRecipe, plan: Plan) -> Prepared:
-    """A case, ready for the network. With labels it is a training case, without (`labels_zyx=None`) a test case."""
+def prepare_case(case: Case, recipe: PrepareRecipe, plan: Plan, classes: Sequence[Location] | None = None) -> Prepared:
+    """A case, ready for the network. With labels it is a training case, without (`labels_zyx=None`) a test case.
+
+    classes  labels and regions whose voxels `Prepared.foreground` lists (`locations.location_classes`); by default the
+             labels above 0 that the case has
+    """
     flagged, flags, notes = flagged_case(case, recipe, plan.source_channels)
     names = flagged_channel_names(plan.source_channels, recipe)
     if names != plan.channels:
@@ -160,14 +127,28 @@ def prepare_case(case: Case, recipe: PrepareRecipe, plan: Plan) -> Prepared:
     if labels is None:
         return prepared
     new_labels = np.ascontiguousarray(resample_labels(segmentation, shape, spacing, new_spacing).astype(np.int16, copy=False))
-    return replace(prepared, labels_zyx=new_labels, foreground=foreground_locations(new_labels))
+    return replace(prepared, labels_zyx=new_labels, foreground=foreground_locations(new_labels, classes))
 
 
-def restore_logits(logits_czyx: NDArray[np.floating], geometry: Geometry) -> NDArray[np.int16]:
-    """Class scores (classes, z, y, x) on the prepared grid -> labels on the native grid, in its axis order."""
+def restore_logits(logits_czyx: NDArray[np.floating], geometry: Geometry, regions: Sequence[int] | None = None) -> NDArray[np.int16]:
+    """Class scores (classes, z, y, x) on the prepared grid -> labels on the native grid, in its axis order.
+
+    regions  for a network of regions: the label that each head writes, in the order in which they write
+             (nnU-Net's `regions_class_order`), where the sigmoid of its score is above one half
+    Half precision in, half precision compared: nnU-Net resamples in float64 and rounds to the type that came.
+    """
     if tuple(logits_czyx.shape[1:]) != geometry.shape:
         raise InputError(f"logits have shape {logits_czyx.shape[1:]}, but the case was prepared to {geometry.shape}")
-    return _restore(len(logits_czyx), lambda index: logits_czyx[index], geometry).astype(np.int16)
+    if regions is not None and len(regions) != len(logits_czyx):
+        raise InputError(f"there are scores of {len(logits_czyx)} regions, but labels for {len(regions)}: {list(regions)}")
+    return restore(len(logits_czyx), lambda index, rows: logits_czyx[index, rows], geometry, regions)
+
+
+def restore_scores(scores_czyx: NDArray[np.floating], geometry: Geometry) -> NDArray[np.floating]:
+    """Scores (heads, z, y, x) on the prepared grid -> native grid, in its axis order and their own dtype; NaN where none was seen."""
+    if tuple(scores_czyx.shape[1:]) != geometry.shape:
+        raise InputError(f"scores have shape {scores_czyx.shape[1:]}, but the case was prepared to {geometry.shape}")
+    return restore_each(len(scores_czyx), lambda index, rows: scores_czyx[index, rows], geometry, scores_czyx.dtype)
 
 
 def restore_labels(labels_zyx: NDArray[np.integer], geometry: Geometry) -> NDArray[np.int16]:
@@ -176,8 +157,8 @@ def restore_labels(labels_zyx: NDArray[np.integer], geometry: Geometry) -> NDArr
         raise InputError(f"labels have shape {labels_zyx.shape}, but the case was prepared to {geometry.shape}")
     clean = np.maximum(labels_zyx, 0)
     values = np.unique(np.append(clean, 0))
-    best = _restore(len(values), lambda index: (clean == values[index]).astype(np.float32), geometry)
-    return values[best].astype(np.int16)
+    best = restore(len(values), lambda index, rows: (clean[rows] == values[index]).astype(np.float32), geometry)
+    return np.asarray(values[best], dtype=np.int16)
 
 
 def roundtrip(case: Case, recipe: PrepareRecipe, plan: Plan) -> NDArray[np.int16]:
@@ -187,58 +168,6 @@ def roundtrip(case: Case, recipe: PrepareRecipe, plan: Plan) -> NDArray[np.int16
     prepared = prepare_case(case, recipe, plan)
     assert prepared.labels_zyx is not None  # noqa: S101 - labels in, labels out
     return restore_labels(prepared.labels_zyx, prepared.geometry)
-
-
-def foreground_locations(labels_zyx: NDArray[np.integer]) -> dict[int, NDArray[np.int32]]:
-    """Positions (n, 3) of each label above 0: at most 10,000, or 1 % of its voxels if that is more (nnU-Net's draw)."""
-    # nnU-Net's own sample comes from this legacy generator, one for all labels of a case
-    generator = np.random.RandomState(LOCATIONS_SEED)
-    locations = {}
-    for label in np.unique(labels_zyx[labels_zyx > 0]):
-        found = np.argwhere(labels_zyx == label)
-        wanted = max(min(LOCATIONS, len(found)), int(np.ceil(LOCATIONS_SHARE * len(found))))
-        locations[int(label)] = found[generator.choice(len(found), wanted, replace=False)].astype(np.int32)
-    return locations
-
-
-def _restore(n: int, score: Any, geometry: Geometry) -> NDArray[np.intp]:
-    """Index of the highest score at each native voxel; score(index) is a map on the prepared grid. Ties: lower index."""
-    flags = geometry.flags
-    to_working = [flags.file_order[axis] for axis in geometry.transpose_forward]
-    order = [to_working.index(axis) for axis in range(3)]
-    places = [_place(axis, geometry.box[order[axis]], flags) for axis in range(3)]
-    working_shape = tuple(flags.native_shape[axis] for axis in flags.axes)
-    out = np.zeros(working_shape, dtype=np.intp)
-    inside = tuple(slice(first, first + len(position)) for first, position in places)
-    height: NDArray[np.floating] | None = None
-    for index in range(n):
-        scores = resample_image(score(index)[None], geometry.cropped_shape, geometry.new_spacing_mm, geometry.spacing_mm, order=1)[0]
-        scores = scores.transpose(order)
-        for axis, (_, position) in enumerate(places):
-            if len(position) != scores.shape[axis] or not np.array_equal(position, np.arange(len(position))):
-                scores = interpolate_axis(scores, axis, position)
-        if height is None:
-            height = scores.copy()
-            continue
-        higher = scores > height
-        out[inside][higher] = index
-        height[higher] = scores[higher]
-    flipped = out[tuple(slice(None, None, -1) if flip else slice(None) for flip in flags.flips)]
-    return np.ascontiguousarray(flipped.transpose(np.argsort(flags.axes)))
-
-
-def _place(axis: int, span: tuple[int, int], flags: FlagGeometry) -> tuple[int, NDArray[np.float64]]:
-    """Along one working axis: the first native voxel that the box shows, and the positions of it and its followers in the box."""
-    if axis == 0:
-        position = np.asarray(flags.slice_back)
-        shown = np.zeros(len(position), dtype=bool)
-        shown[slice(*flags.kept_slices)] = True
-    else:
-        position = (np.arange(flags.native_shape[flags.axes[axis]]) + 0.5) * flags.in_plane_ratio[axis - 1] - 0.5
-        shown = np.ones(len(position), dtype=bool)
-    shown &= (position >= span[0] - 0.5) & (position < span[1] - 0.5)
-    first = int(np.argmax(shown))
-    return first, np.clip(position[shown] - span[0], 0, span[1] - span[0] - 1)
 
 
 def _crop_range(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]) -> tuple[int, int]:
@@ -268,6 +197,26 @@ def _constant_notes(case_id: str, before: NDArray[np.float32], after: NDArray[np
     return tuple(notes)
 
 
+def _contiguous(case: Case) -> Case:
+    """The same arrays in C order: numpy's float32 mean depends on it, by more than nnU-Net's parity allows where the mean is large."""
+    labels = None if case.labels_zyx is None else np.ascontiguousarray(case.labels_zyx)
+    return replace(case, image_czyx=np.ascontiguousarray(case.image_czyx), labels_zyx=labels)
+
+
+def _sheared_notes(case: Case) -> tuple[str, ...]:
+    """ITK, and with it nnU-Net, refuses to read such a file; here only spacings are looked at, so it is prepared, with a word."""
+    if replace(case.grid, slice_positions_mm=None).is_regular:
+        return ()
+    direction = case.grid.direction_3x3
+    cosine = float(np.abs(direction.T @ direction - np.eye(3)).max())
+    note = (
+        f"case {case.id}: its axes are {np.degrees(np.arccos(min(cosine, 1.0))):.1f} degrees apart instead of 90 (a sheared affine); it is "
+        "prepared as if they were at right angles, so shapes are distorted; nnU-Net refuses such files: resample the case first"
+    )
+    warnings.warn(note, ShearedGridWarning, stacklevel=3)
+    return (note,)
+
+
 def _as_shape(values: Sequence[int]) -> Shape:
     z, y, x = values
     return int(z), int(y), int(x)
@@ -276,7 +225,3 @@ def _as_shape(values: Sequence[int]) -> Shape:
 def _as_floats(values: Sequence[float]) -> Floats3:
     z, y, x = values
     return float(z), float(y), float(x)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.prepare.resize import nearest_index, resize, resize_labels
+from ichbench.prepare.linear import resize_labels, resize_linear
+from ichbench.prepare.resize import nearest_index, resize_into
 
 #: above this ratio of the coarsest to the finest spacing an axis is resampled apart, and planned as anisotropic
 ANISOTROPY = 3
@@ -46,11 +47,16 @@ def resample_image(
         return image_czyx
     axis = separate_axis(spacing_mm, new_spacing_mm)
     out = np.empty((len(image_czyx), *shape), dtype=image_czyx.dtype)
-    for index, channel in enumerate(image_czyx):
-        if axis is None:
-            out[index] = resize(channel, shape, order)
+    for channel, new in zip(image_czyx, out, strict=True):
+        if order == 1:
+            new[...] = resize_linear(channel, shape, axis)
+        elif axis is None:
+            resize_into(new, channel, order)
         else:
-            out[index] = _slice_by_slice(channel, shape, axis, order)
+            slices, new_slices = np.moveaxis(channel, axis, 0), np.moveaxis(new, axis, 0)
+            for source, places in _used_slices(len(slices), len(new_slices)):
+                resize_into(new_slices[places.start], slices[source], order)
+                new_slices[places.start + 1 : places.stop] = new_slices[places.start]
     return out
 
 
@@ -63,17 +69,15 @@ def resample_labels(
     axis = separate_axis(spacing_mm, new_spacing_mm)
     if axis is None:
         return resize_labels(labels_zyx, shape)
-    stack = np.moveaxis(labels_zyx, axis, 0)
-    in_plane = tuple(n for other, n in enumerate(shape) if other != axis)
-    index = nearest_index(len(stack), shape[axis])
-    resized = np.stack([resize_labels(stack[one], in_plane) for one in np.unique(index)])
-    return np.moveaxis(resized[np.searchsorted(np.unique(index), index)], 0, axis)
+    out = np.empty(tuple(shape), dtype=labels_zyx.dtype)
+    slices, new_slices = np.moveaxis(labels_zyx, axis, 0), np.moveaxis(out, axis, 0)
+    for source, places in _used_slices(len(slices), len(new_slices)):
+        new_slices[places] = resize_labels(slices[source], new_slices.shape[1:])
+    return out
 
 
-def _slice_by_slice(channel_zyx: NDArray[np.floating], shape: Sequence[int], axis: int, order: int) -> NDArray[np.float64]:
-    stack = np.moveaxis(channel_zyx, axis, 0)
-    in_plane = tuple(n for other, n in enumerate(shape) if other != axis)
-    index = nearest_index(len(stack), shape[axis])
-    used = np.unique(index)  # slices that nobody will look at are not resized
-    resized = resize(stack[used], (len(used), *in_plane), order, stacked=True)
-    return np.moveaxis(resized[np.searchsorted(used, index)], 0, axis)
+def _used_slices(n_in: int, n_out: int) -> list[tuple[int, slice]]:
+    """Each input slice that is nearest to some output slices, and those output slices."""
+    index = nearest_index(n_in, n_out)
+    used, first, count = np.unique(index, return_index=True, return_counts=True)
+    return [(int(source), slice(int(a), int(a + n))) for source, a, n in zip(used, first, count, strict=True)]

@@ -2,7 +2,7 @@
 
     FOLDER/<case id>/image.npy          float32 (c, z, y, x)
                      labels.npy         int16 (z, y, x), training cases only
-                     foreground_<L>.npy int32 (n, 3) positions (z, y, x) of label L
+                     foreground_<L>.npy int32 (n, 3) positions (z, y, x) of label L; region_<L>_<M>.npy of a region
                      case.json          id, geometry, notes, sha256 of every file
 
 A case appears whole or not at all: it is written beside its place and renamed. Nothing is pickled.
@@ -11,6 +11,7 @@ A case appears whole or not at all: it is written beside its place and renamed. 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -24,12 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.errors import InputError
-from ichbench.prepare.pipeline import Geometry, Prepared
+from ichbench.prepare.geometry import Geometry
+from ichbench.prepare.locations import Location
+from ichbench.prepare.pipeline import Prepared
 
 #: changes when the files above change their meaning
 FORMAT = 1
 CASE_FILE = "case.json"
-_FOREGROUND = re.compile(r"foreground_(\d+)\.npy")
+_FOREGROUND = re.compile(r"(foreground|region)_(-?\d+(?:_\d+)*)\.npy")
 
 
 def write_prepared(folder: Path, prepared: Prepared) -> Path:
@@ -42,8 +45,8 @@ def write_prepared(folder: Path, prepared: Prepared) -> Path:
         arrays: dict[str, NDArray[Any]] = {"image.npy": prepared.image_czyx.astype(np.float32, copy=False)}
         if prepared.labels_zyx is not None:
             arrays["labels.npy"] = prepared.labels_zyx.astype(np.int16, copy=False)
-        for label, positions in prepared.foreground.items():
-            arrays[f"foreground_{label}.npy"] = positions.astype(np.int32, copy=False)
+        for location, positions in prepared.foreground.items():
+            arrays[_location_file(location)] = positions.astype(np.int32, copy=False)
         digests = {name: _write_array(fresh / name, array) for name, array in arrays.items()}
         table = {
             "format": FORMAT,
@@ -83,14 +86,14 @@ def read_prepared(folder: Path, case_id: str, mmap: bool = True, verify: bool = 
             raise InputError(f"{path} has changed since it was written; remove {place} and prepare the case again")
     mode: Literal["r"] | None = "r" if mmap else None
     arrays = {name: _read_array(path, mode) for name, path in files.items()}
-    foreground = {int(match[1]): arrays[name] for name in sorted(arrays) if (match := _FOREGROUND.fullmatch(name))}
+    foreground = {_location(match[1], match[2]): arrays[name] for name in arrays if (match := _FOREGROUND.fullmatch(name))}
     return Prepared(
         table["id"],
         arrays["image.npy"],
         arrays.get("labels.npy"),
         Geometry.from_json(table["geometry"]),
         tuple(table["notes"]),
-        dict(sorted(foreground.items())),
+        dict(sorted(foreground.items(), key=lambda item: (isinstance(item[0], tuple), item[0]))),
     )
 
 
@@ -99,6 +102,14 @@ def list_prepared(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder} with prepared cases; run the study again")
     return tuple(sorted(path.parent.name for path in folder.glob(f"*/{CASE_FILE}") if not path.parent.name.startswith(".")))
+
+
+def _location_file(location: Location) -> str:
+    return f"region_{'_'.join(map(str, location))}.npy" if isinstance(location, tuple) else f"foreground_{location}.npy"
+
+
+def _location(kind: str, labels: str) -> Location:
+    return tuple(int(label) for label in labels.split("_")) if kind == "region" else int(labels)
 
 
 def _place(folder: Path, case_id: str) -> Path:
@@ -124,11 +135,18 @@ def _case_table(place: Path, folder: Path) -> Mapping[str, Any]:
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> str:
+    """Write a .npy file and return its sha256, without reading it again."""
+    array = np.ascontiguousarray(array)
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
+    digest = hashlib.sha256(head.getvalue())
+    digest.update(array.reshape(-1).view(np.uint8).data)
     with path.open("wb") as file:
-        np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+        file.write(head.getvalue())
+        array.tofile(file)
         file.flush()
         os.fsync(file.fileno())
-    return _sha256(path)
+    return digest.hexdigest()
 
 
 def _read_array(path: Path, mode: Literal["r"] | None) -> NDArray[Any]:

@@ -134,9 +134,10 @@ def references_in(folder: Path) -> tuple[dict[str, Path], tuple[Labels | None, M
         labelled = {record.id: (record.split, record.label) for record in cohort.records if record.label is not None}
         split = "test" if any(split == "test" for split, _ in labelled.values()) else "train"
         files = {case: path for case, (its, path) in labelled.items() if its == split}
-        ignore = {} if cohort.ignore_label is None else {"ignore": cohort.ignore_label}
+        ignore = {} if cohort.rules.ignore is None else {"ignore": cohort.rules.ignore}
         if files:
-            return files, (cohort.labels | ignore, cohort.label_map)
+            named = dict(zip(cohort.rules.names, cohort.rules.targets, strict=True))
+            return files, ({"background": 0} | named | ignore, cohort.label_map)
         raise InputError(f"{folder} holds no reference: no case of its cohort.csv has a mask")
     flat = files_by_case(folder)
     if flat:

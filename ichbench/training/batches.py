@@ -27,13 +27,14 @@ class Sampling:
     seed: int
     augment: AugmentRecipe | None
     centred: bool = True
+    clamped: bool = True
 
 
 def draw_sample(cases: Sequence[TrainingCase], sampling: Sampling, stream: int, step: int, sample: int) -> tuple[PatchDraw, AugmentDraw]:
     """What sample `sample` of batch `step` is: where it is cut and how it is changed."""
     rng = sample_generator(sampling.seed, stream, step, sample)
     forced = is_forced(sample, sampling.batch_size, sampling.foreground_share)
-    patch = draw_patch(rng, cases, sampling.patch_size, forced, sampling.centred)
+    patch = draw_patch(rng, cases, sampling.patch_size, forced, sampling.centred, sampling.clamped)
     if sampling.augment is None:
         return patch, AugmentDraw()
     return patch, draw_augmentation(rng, sampling.augment, sampling.patch_size, cases[patch.case].image_czyx.shape[0])

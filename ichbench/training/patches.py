@@ -2,7 +2,7 @@
 
 The rule is nnU-Net's (facts section 5): cases with replacement; the last round(share) of a batch are centred on a voxel
 of a random class that the case has, the others lie anywhere. One thing differs: a patch centred near the far border is
-moved back inside, where nnU-Net lets it hang out by up to half its size.
+moved back inside, where nnU-Net (and `compatibility = "nnunet"`) lets it hang out by up to half its size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.errors import InputError
+from ichbench.prepare.locations import Location
 
 #: streams of random numbers; a batch for validation never repeats one for training
 TRAIN_STREAM, VALIDATION_STREAM, CHOICE_STREAM = 0, 1, 2
@@ -29,13 +30,14 @@ class TrainingWarning(UserWarning):
 @dataclass(frozen=True, eq=False)
 class TrainingCase:
     """A prepared case: normalised `image_czyx` float32, `labels_zyx` int16 (-1 lies outside the head's box) and
-    `foreground`, voxel coordinates (n, 3) in (z, y, x) for every class above 0. Arrays may be memory maps.
+    `foreground`, voxel coordinates (n, 3) in (z, y, x) for every class above 0 or region, and with an ignore label for the
+    annotated voxels (a region that holds -1). Arrays may be memory maps.
     """
 
     id: str
     image_czyx: NDArray[np.float32]
     labels_zyx: NDArray[np.int16]
-    foreground: Mapping[int, NDArray[np.integer]]
+    foreground: Mapping[Location, NDArray[np.integer]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class PatchDraw:
     case: int
     lower_zyx: tuple[int, int, int]
     size_zyx: tuple[int, int, int]
-    label: int | None
+    label: Location | None
 
 
 def sample_generator(seed: int, stream: int, step: int, sample: int) -> np.random.Generator:
@@ -67,17 +69,25 @@ def patch_zyx(patch_size: Sequence[int]) -> tuple[int, int, int]:
 
 
 def draw_patch(
-    rng: np.random.Generator, cases: Sequence[TrainingCase], patch_size: Sequence[int], forced: bool, centred: bool = True
+    rng: np.random.Generator,
+    cases: Sequence[TrainingCase],
+    patch_size: Sequence[int],
+    forced: bool,
+    centred: bool = True,
+    clamped: bool = True,
 ) -> PatchDraw:
     """Draw case and corner for one sample. A case without foreground gives a patch anywhere, also when `forced`.
 
     centred  the forced voxel lies in the middle of the patch (nnU-Net's rule), or else anywhere in it
+    clamped  a patch about a voxel near the far border is moved back inside; nnU-Net lets it hang out
+
+    With an ignore label every patch is placed about an annotated voxel, where no class is asked for or present.
     """
     if not cases:
         raise InputError("there is no case to draw patches from; give at least one training case")
     index = int(rng.integers(len(cases)))
     case, size = cases[index], patch_zyx(patch_size)
-    present = sorted(label for label, voxels in case.foreground.items() if label > 0 and len(voxels)) if forced else []
+    present = _present(case.foreground, forced)
     label = present[int(rng.integers(len(present)))] if present else None
     voxel = None if label is None else case.foreground[label][int(rng.integers(len(case.foreground[label])))]
     lower = []
@@ -87,8 +97,19 @@ def draw_patch(
             lower.append(int(rng.integers(low, high + 1)))
         else:
             before = size[axis] // 2 if centred else int(rng.integers(size[axis]))
-            lower.append(min(max(low, int(voxel[axis]) - before), high))
+            corner = max(low, int(voxel[axis]) - before)
+            lower.append(min(corner, high) if clamped else corner)
     return PatchDraw(index, (lower[0], lower[1], lower[2]), size, label)
+
+
+def _present(foreground: Mapping[Location, NDArray[np.integer]], forced: bool) -> list[Location]:
+    """The classes to choose from: those with voxels, or the annotated voxels where no class is forced or there is none."""
+    found = [location for location, voxels in foreground.items() if len(voxels)]
+    annotated: list[Location] = [location for location in found if isinstance(location, tuple) and location[0] < 0]
+    classes = sorted(
+        (location for location in found if location not in annotated), key=lambda one: one if isinstance(one, tuple) else (one,)
+    )
+    return (classes if forced else []) or annotated
 
 
 def corner_range(length: int, patch: int) -> tuple[int, int]:

@@ -101,7 +101,9 @@ class _Run:
         self.validation_cases = validation_cases if training.validation_iterations else []
         self.plan, self.recipe, self.out, self.device, self.seed = plan, training, out, device, seed
         centred = training.foreground_position == "centre"
-        self.sampling = Sampling(tuple(plan.patch_size), plan.batch_size, training.foreground_share, seed, training.augment, centred)
+        clamped = training.compatibility == "ichbench"
+        share = training.foreground_share
+        self.sampling = Sampling(tuple(plan.patch_size), plan.batch_size, share, seed, training.augment, centred, clamped)
         self.validation_sampling = replace(self.sampling, augment=None)
         self.network: UNet = make_unet(plan, network, seed).to(device)
         self.optimizer = OPTIMIZERS[training.optimizer](self.network.parameters(), training)

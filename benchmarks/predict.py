@@ -1,0 +1,286 @@
+"""Prediction beside nnU-Net's own predictor, in one run: `python benchmarks/predict.py` prints a table.
+
+Work: one analytic head CT (512 x 512 x 28 voxels of 0.45 x 0.45 x 5 mm, drawn like the phantom cohort), from the array of HU to
+the mask on its grid: preparation, tiles with half overlap, all mirrorings, the way back. Both sides have the same weights (a
+small nnU-Net U-Net, trained for some steps on the case itself so that it segments something), the same plan, tiles and axes.
+Peer: `nnUNetPredictor.predict_single_npy_array` of nnunetv2, in this process. Seconds are those of the process's CPU, which on an
+idle machine with one thread are the seconds of the clock; sides take turns and the best counts.
+
+`--memory` predicts an empty 512 x 512 x 400 CT with a small network instead and prints the largest resident set.
+
+    pip install . "nnunetv2==2.8.1" && OMP_NUM_THREADS=1 python benchmarks/predict.py [--out benchmarks/results/predict.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ichbench.cases.case import Case, Grid
+from ichbench.inference.predictors import Tools, predict_unet
+from ichbench.network.losses import dice_ce
+from ichbench.network.unet import UNet, make_unet
+from ichbench.prepare.fingerprint import fingerprint
+from ichbench.prepare.pipeline import prepare_case
+from ichbench.prepare.plan import Plan, make_plan
+from ichbench.recipe import InferenceRecipe, NetworkRecipe, PlanRecipe, PrepareRecipe
+
+LABELS = {"background": 0, "ich": 1}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--features", default="8", help="of the highest level, one table each, such as 8,32; nnU-Net plans 32")
+    arguments.add_argument("--patch", default="16,128,128")
+    arguments.add_argument("--spacing", default="5,0.9,0.9", help="working spacing, mm")
+    arguments.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True)
+    arguments.add_argument("--steps", type=int, default=40, help="of training before the comparison")
+    arguments.add_argument("--repeats", type=int, default=2)
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--skip-peers", action="store_true", help="time ichbench alone")
+    arguments.add_argument("--memory", action="store_true", help="only the large CT")
+    arguments.add_argument("--out", type=Path, help="write the table here as well")
+    given = arguments.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parts = [memory(given.device)] if given.memory else [compared(given, int(features)) for features in given.features.split(",")]
+    text = "\n\n".join("\n".join(part) for part in parts)
+    print(text)
+    if given.out:
+        # a process of its own, because the largest resident set is that of a whole life
+        command = [sys.executable, __file__, "--memory", "--device", given.device]
+        text += "\n\n" + subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(f"# Prediction of one head CT, from HU to mask\n\n{text}\n", encoding="utf-8")
+
+
+def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
+    case = head_ct()
+    patch = tuple(int(n) for n in given.patch.split(","))
+    spacing = tuple(float(n) for n in given.spacing.split(","))
+    plan_recipe = PlanRecipe(patch_size=patch, spacing_mm=spacing, base_features=features)
+    plan = make_plan(fingerprint(iter([case])), plan_recipe, ("CT",), 2, 1)
+    prepare = PrepareRecipe(compatibility="nnunet")
+    network = make_unet(plan, NetworkRecipe())
+    train(network, case, plan, prepare, given.steps)
+    network.eval()
+    unlabelled = replace(case, labels_zyx=None)
+    recipe = InferenceRecipe(mirror=given.mirror)
+    sides: dict[str, Callable[[], Any]] = {"ichbench, fp32": ours(unlabelled, recipe, prepare, plan, network, given.device)}
+    sides["ichbench, compatibility = nnunet"] = ours(
+        unlabelled, recipe.model_copy(update={"compatibility": "nnunet"}), prepare, plan, network, given.device
+    )
+    if given.device != "cpu" or has_bf16():
+        sides["ichbench, bf16"] = ours(unlabelled, recipe.model_copy(update={"precision": "bf16"}), prepare, plan, network, given.device)
+    if not given.skip_peers:
+        sides[f"nnU-Net {peer_version()}"] = theirs(unlabelled, plan, network, given.mirror, given.device)
+    best, masks = timed(sides, given.repeats)
+    base = best.get(f"nnU-Net {peer_version()}" if not given.skip_peers else "", float("nan"))
+    yield "| side | seconds | nnU-Net / side | Dice to our fp32 mask | voxels that differ from nnU-Net's mask |"
+    yield "|---|---|---|---|---|"
+    peer = None if given.skip_peers else masks[f"nnU-Net {peer_version()}"]
+    for name, seconds in best.items():
+        differ = "" if peer is None else f"{int((masks[name] != peer).sum())}"
+        yield f"| {name} | {seconds:.2f} | {base / seconds:.2f} | {dice(masks[name], masks['ichbench, fp32']):.5f} | {differ} |"
+    parts = pieces(unlabelled, recipe, prepare, plan, network, given.device)
+    yield ""
+    yield f"Of our fp32 seconds: {', '.join(f'{name} {seconds:.2f}' for name, seconds in parts.items())}."
+    yield f"Mask: {int(masks['ichbench, fp32'].sum()):,} voxels; Dice to the truth {dice(masks['ichbench, fp32'], case.labels_zyx):.3f}."
+    yield (
+        f"Plan: patch {plan.patch_size} at {plan.spacing} mm, features {plan.features}, {len(tiles(unlabelled, prepare, plan))} tiles, "
+        + ("8 mirrorings." if given.mirror else "no mirroring.")
+    )
+    if given.device == "cpu" and not has_bf16():
+        yield "This CPU does not compute in bf16: it has no row."
+    yield f"{processor(given.device)}, {torch.get_num_threads()} thread, torch {torch.__version__}, Python {platform.python_version()}."
+
+
+def head_ct() -> Case:
+    """One full-size phantom with its bleed."""
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.cases.phantom import write_phantom
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_phantom(Path(folder) / "cohort", 3, "full", 1)
+        cohort = read_cohort(Path(folder) / "cohort")
+        found = max(
+            (cohort.load(name, keep_file_order=True) for name in cohort.train_ids), key=lambda case: int((case.labels_zyx > 0).sum())
+        )
+    return found
+
+
+def train(network: nn.Module, case: Case, plan: Plan, prepare: PrepareRecipe, steps: int) -> None:
+    """On patches of the case itself, half of them about the bleed: a network that segments something, not a good one."""
+    torch.manual_seed(0)
+    prepared = prepare_case(case, prepare, plan)
+    if prepared.labels_zyx is None:
+        raise SystemExit("the case has no labels")
+    labels = np.maximum(prepared.labels_zyx, 0)
+    pads = [(0, max(0, n - m)) for n, m in zip(plan.patch_size, labels.shape, strict=True)]
+    image, labels = np.pad(prepared.image_czyx, [(0, 0), *pads]), np.pad(labels, pads)
+    rng = np.random.default_rng(0)
+    places = np.argwhere(labels > 0)
+    optimizer = torch.optim.Adam(network.parameters(), 0.004)
+    network.train()
+    for _ in range(steps):
+        corners = [
+            rng.integers(0, np.array(labels.shape) - plan.patch_size + 1),
+            places[rng.integers(len(places))] - np.array(plan.patch_size) // 2,
+        ]
+        boxes = [_box(np.clip(corner, 0, np.array(labels.shape) - plan.patch_size), plan.patch_size) for corner in corners]
+        images = torch.from_numpy(np.stack([image[(slice(None), *box)] for box in boxes]))
+        target = torch.from_numpy(np.stack([labels[box] for box in boxes])).long()
+        answer = network(images)
+        loss = dice_ce(answer[0] if isinstance(answer, list) else answer, target, True, None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _box(corner: NDArray[np.integer], shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(int(start), int(start) + n) for start, n in zip(corner, shape, strict=True))
+
+
+def ours(case: Case, recipe: InferenceRecipe, prepare: PrepareRecipe, plan: Plan, network: UNet, device: str) -> Callable[[], Any]:
+    tools = Tools(recipe, prepare, plan, (network.to(device),), device)
+    return lambda: predict_unet(case, tools).labels_zyx
+
+
+def theirs(case: Case, plan: Plan, network: UNet, mirror: bool, device: str) -> Callable[[], Any]:
+    """nnU-Net's predictor with nnU-Net's network and our weights."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "parity_nnunet"))
+    for name in ("raw", "preprocessed", "results"):
+        os.environ.setdefault(f"nnUNet_{name}", tempfile.gettempdir())
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    from nn_predictor import make_predictor
+
+    stages = len(plan.features)
+    peer = PlainConvUNet(
+        plan.in_channels, stages, list(plan.features), nn.Conv3d, [list(one) for one in plan.kernels], [list(one) for one in plan.strides],
+        [2] * stages, plan.n_classes, [2] * (stages - 1), True, nn.InstanceNorm3d, {"eps": 1e-5, "affine": True}, None, None,
+        nn.LeakyReLU, {"inplace": True}, False,
+    )  # fmt: skip
+    peer.load_state_dict(their_names(network, stages), strict=False)
+    x = torch.randn(2, plan.in_channels, *plan.patch_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        worst = float((peer.eval()(x) - network.cpu()(x)).abs().max())
+        network.to(device)
+    if worst > 1e-3:
+        raise SystemExit(f"the two networks differ by {worst}: the weights were not carried over")
+    predictor = make_predictor(peer, [peer.state_dict()], plan, LABELS, mirror=(0, 1, 2) if mirror else None)
+    predictor.device = torch.device(device)
+    properties = {"spacing": list(case.grid.spacing_zyx_mm)}
+    return lambda: predictor.predict_single_npy_array(case.image_czyx, dict(properties), None, None, False)
+
+
+def their_names(network: UNet, stages: int) -> dict[str, Tensor]:
+    """Our weights under nnU-Net's names (facts section 7); aliases share storage, so one name each is enough."""
+    named: dict[str, Tensor] = {}
+    for key, value in network.state_dict().items():
+        room, index, *rest = key.split(".")
+        place = index if room == "encoder" else str(stages - 2 - int(index))
+        leaf = rest[-1]
+        if room == "encoder":
+            named[f"encoder.stages.{place}.0.convs.{rest[0]}.{rest[1]}.{leaf}"] = value
+        elif room == "decoder":
+            named[f"decoder.stages.{place}.convs.{rest[0]}.{rest[1]}.{leaf}"] = value
+        else:
+            named[f"decoder.{'transpconvs' if room == 'up' else 'seg_layers'}.{place}.{leaf}"] = value
+    return named
+
+
+def timed(sides: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, NDArray[np.integer]]]:
+    best: dict[str, float] = {}
+    masks: dict[str, NDArray[np.integer]] = {}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            began = time.process_time()
+            masks[name] = side()
+            best[name] = min(best.get(name, float("inf")), time.process_time() - began)
+    return best, masks
+
+
+def pieces(case: Case, recipe: InferenceRecipe, prepare: PrepareRecipe, plan: Plan, network: UNet, device: str) -> dict[str, float]:
+    from ichbench.cases.labels import plain_rules
+    from ichbench.inference.ensemble import fold_logits, native_labels
+
+    clock = [time.process_time()]
+    prepared = prepare_case(case, prepare, plan)
+    clock.append(time.process_time())
+    logits = fold_logits([network], prepared.image_czyx, plan, recipe, device)
+    clock.append(time.process_time())
+    native_labels(logits, prepared.geometry, plain_rules(2))
+    clock.append(time.process_time())
+    return dict(zip(("preparation", "tiles", "way back"), np.diff(clock).tolist(), strict=True))
+
+
+def tiles(case: Case, prepare: PrepareRecipe, plan: Plan) -> list[tuple[int, ...]]:
+    from itertools import product
+
+    from ichbench.inference.sliding import tile_starts
+
+    shape = prepare_case(case, prepare, plan).image_czyx.shape[1:]
+    return list(product(*(tile_starts(max(n, p), p, 0.5) for n, p in zip(shape, plan.patch_size, strict=True))))
+
+
+def memory(device: str) -> Iterator[str]:
+    """Largest resident set of predicting 512 x 512 x 400 voxels with two classes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    rng = np.random.default_rng(0)
+    image = np.empty((1, 400, 512, 512), np.float32)
+    for z in range(400):
+        image[0, z] = rng.normal(40, 20, (512, 512))
+    affine = np.array([[0, 0, -0.5, 0], [0, -0.5, 0, 0], [0.6, 0, 0, 0], [0, 0, 0, 1]])
+    case = Case("large", image, None, Grid((400, 512, 512), affine))
+    small = Case("small", image[:, :32, :64, :64], np.ones((32, 64, 64), np.int16), Grid((32, 64, 64), affine))
+    recipe = PlanRecipe(patch_size=(64, 128, 128), spacing_mm=(0.7, 0.6, 0.6), base_features=2, max_features=8)
+    plan = replace(make_plan(fingerprint(iter([small])), recipe, ("CT",), 2, 1), patch_size=(64, 128, 128))
+    network = make_unet(plan, NetworkRecipe())
+    began = time.process_time()
+    mask = predict_unet(case, Tools(InferenceRecipe(mirror=False, tile_step=1.0), PrepareRecipe(), plan, (network,), device)).labels_zyx
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    yield f"512 x 512 x 400 CT, two classes, working grid at {plan.spacing} mm, features {plan.features}: at most {peak:.2f} GB resident"
+    yield f"(before the case was made: {before:.2f} GB; {time.process_time() - began:.0f} s; mask of {0 if mask is None else mask.shape})."
+
+
+def dice(a: NDArray[np.integer], b: NDArray[np.integer] | None) -> float:
+    if b is None:
+        return float("nan")
+    total = int((a > 0).sum() + (b > 0).sum())
+    return 2 * int(((a > 0) & (b > 0)).sum()) / total if total else 1.0
+
+
+def has_bf16() -> bool:
+    """Whether oneDNN computes bf16 on this CPU (AVX-512 BF16, AMX and the like), not merely stores it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def peer_version() -> str:
+    from importlib.metadata import version
+
+    return version("nnunetv2")
+
+
+def processor(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Post-processing and model choice on folders of masks: what the commands `ichbench postprocess` and `ichbench select` do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ichbench.cases.images import read_grid, read_labels, write_labels
+from ichbench.cases.labels import LabelRules, Target, plain_rules, read_rules
+from ichbench.errors import InputError
+from ichbench.inference.postprocess import Labels, Postprocessing, find_postprocessing
+from ichbench.inference.select import Candidate, Selection, find_best
+from ichbench.scoring.layouts import case_id, files_by_case, find_pairs, references_in
+
+
+def find_in_folders(
+    reference: Path, predictions: Path, dataset_json: Path | None = None, compatibility: str = "ichbench"
+) -> Postprocessing:
+    """The rule for a folder of cross-validated predictions; every reference needs its prediction, on its own grid."""
+    pairing = find_pairs(reference, predictions, dataset_json)
+    missing = [pair.case for pair in pairing.pairs if pair.prediction is None]
+    if missing:
+        raise InputError(f"{predictions} holds no prediction of {len(missing)} cases ({', '.join(missing[:5])}); the rule is found on all")
+    files = {pair.case: (Path(str(pair.reference)), Path(str(pair.prediction))) for pair in pairing.pairs}
+
+    def load(case: str) -> tuple[Labels, Labels]:
+        truth = _mapped(read_labels(files[case][0], keep_file_order=True)[0], pairing.label_map)
+        return truth, _on_grid_of(files[case][0], files[case][1])
+
+    targets: Sequence[Target]
+    if pairing.labels is None:
+        values = {int(value) for case in files for side in load(case) for value in np.unique(side)} - {0}
+        targets, ignore = sorted(values), None
+    else:
+        kept = {name: value for name, value in pairing.labels.items() if name != "ignore"}
+        targets = [value for value in kept.values() if value not in (0, (0,))]
+        # one label in a list is that label, as in nnU-Net
+        targets = [value[0] if isinstance(value, tuple) and len(value) == 1 else value for value in targets]
+        if all(isinstance(target, int) for target in targets):
+            targets = sorted(target for target in targets if isinstance(target, int))
+        found = pairing.labels.get("ignore")
+        ignore = found if isinstance(found, int) else None
+    return find_postprocessing(list(files), load, targets, ignore, compatibility)
+
+
+def apply_to_folder(rule: Postprocessing, predictions: Path, out: Path) -> Iterator[tuple[Path, int]]:
+    """Write every mask of a file or folder with the rule applied; yields the new file and how many voxels were removed."""
+    sources = list(files_by_case(predictions).values()) if predictions.is_dir() else [predictions]
+    if not sources or not all(source.is_file() for source in sources):
+        raise InputError(f"{predictions} holds no mask (.nii.gz or .nii)")
+    targets = [out / source.name for source in sources]
+    there = [target for target in targets if target.exists()]
+    if there:
+        raise InputError(f"{there[0]} exists already; give a new folder with --out, nothing is overwritten")
+    for source, target in zip(sources, targets, strict=True):
+        labels, grid = read_labels(source)
+        kept = rule.apply(labels).astype(np.int16)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_labels(target, kept, grid)
+        yield target, int(np.count_nonzero(labels) - np.count_nonzero(kept))
+
+
+def select_folders(
+    reference: Path, models: Mapping[str, Path], dataset_json: Path | None = None, pairs: bool = True, compatibility: str = "ichbench"
+) -> Selection:
+    """The best of several models by their folders of cross-validated masks; for pairs also `<case>.npz` with `probabilities`.
+
+    The arrays (heads, z, y, x) are float and in file order, as nnUNetv2_predict --save_probabilities writes them.
+    """
+    references, (_, label_map) = references_in(reference)
+    rules = _rules(dataset_json or reference / "dataset.json", references)
+    candidates = []
+    for name, folder in models.items():
+        masks = files_by_case(folder)
+        missing = sorted(references.keys() - masks.keys())
+        if missing:
+            raise InputError(f"{folder} holds no mask of {len(missing)} cases ({', '.join(missing[:5])}); models are compared on all")
+
+        def mask(case: str, masks: Mapping[str, Path] = masks) -> Labels:
+            return _on_grid_of(references[case], masks[case])
+
+        def probabilities(case: str, folder: Path = folder) -> NDArray[np.floating]:
+            return _read_probabilities(folder / f"{case}.npz")
+
+        every = all((folder / f"{case}.npz").is_file() for case in references)
+        candidates.append(Candidate(name, mask, probabilities if every else None))
+
+    def truth(case: str) -> Labels:
+        return _mapped(read_labels(references[case], keep_file_order=True)[0], label_map)
+
+    return find_best(candidates, list(references), truth, rules, pairs, compatibility)
+
+
+def _rules(path: Path, references: Mapping[str, Path]) -> LabelRules:
+    if not path.is_file():
+        highest = max(int(read_labels(file)[0].max()) for file in references.values())
+        return plain_rules(max(highest, 1) + 1)
+    try:
+        table = json.loads(path.read_text(encoding="utf-8-sig"))
+        declared, order = table["labels"], table.get("regions_class_order")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} declares no labels ({error!r}); give nnU-Net's dataset.json") from None
+    return read_rules(declared, order, path)
+
+
+def _read_probabilities(path: Path) -> NDArray[np.floating]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            table: NDArray[np.floating] = archive["probabilities"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is not an archive with the array 'probabilities' ({error})") from None
+    if table.ndim != 4 or table.dtype.kind != "f" or not np.isfinite(table).all():
+        raise InputError(
+            f"{path}: 'probabilities' has shape {table.shape} and type {table.dtype}; needed are finite floats (heads, z, y, x)"
+        )
+    return table
+
+
+def _on_grid_of(reference: Path, prediction: Path) -> Labels:
+    predicted, grid = read_labels(prediction, keep_file_order=True)
+    its = read_grid(reference, keep_file_order=True)
+    if not grid.same_place(its):
+        raise InputError(
+            f"{prediction} does not lie on the grid of {reference} (case {case_id(reference)}): shape {grid.shape_zyx} and spacing "
+            f"{grid.spacing_zyx_mm} mm, the reference has {its.shape_zyx} and {its.spacing_zyx_mm} mm"
+        )
+    return predicted
+
+
+def _mapped(labels: Labels, label_map: Mapping[int, int] | None) -> Labels:
+    mapped = labels.copy()
+    for old, new in (label_map or {}).items():
+        mapped[labels == old] = new
+    return mapped

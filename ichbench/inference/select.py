@@ -1,0 +1,101 @@
+"""Which model, or which two models together, by the Dice of their cross-validated predictions (nnU-Net's rule, facts section 10).
+
+Every model is scored by its masks, every pair by the mean of its two models' probabilities. The highest mean over labels
+wins, the first on a tie: models come before pairs, so a pair must be strictly better.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ichbench.cases.files import write_atomically
+from ichbench.cases.labels import LabelRules
+from ichbench.errors import InputError
+from ichbench.inference.postprocess import Labels, dice_counts, foreground_mean, mean_dice
+
+FORMAT = "ichbench selection 1"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model: `mask(case)` and, for pairs, `probabilities(case)` (heads, z, y, x), both on the reference's grid."""
+
+    name: str
+    mask: Callable[[str], Labels]
+    probabilities: Callable[[str], NDArray[np.floating]] | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The winner's members (one or two names) and every combination's mean Dice, in the order in which they were tried."""
+
+    members: tuple[str, ...]
+    scores: Mapping[tuple[str, ...], float]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        tried = [{"members": list(names), "dice": None if math.isnan(dice) else dice} for names, dice in self.scores.items()]
+        table = {"format": FORMAT, "members": list(self.members), "tried": tried}
+        write_atomically(path, (json.dumps(table, indent=1) + "\n").encode())
+
+
+def read_selection(path: Path) -> Selection:
+    """Read what `save` wrote; InputError for anything else."""
+    try:
+        table: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if table["format"] != FORMAT:
+            raise ValueError(f"format {table['format']!r}")
+        scores = {tuple(item["members"]): math.nan if item["dice"] is None else float(item["dice"]) for item in table["tried"]}
+        return Selection(tuple(table["members"]), scores)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a selection of `ichbench select` ({error})") from None
+
+
+def find_best(
+    candidates: Sequence[Candidate],
+    cases: Sequence[str],
+    reference: Callable[[str], Labels],
+    rules: LabelRules,
+    pairs: bool = True,
+    compatibility: str = "ichbench",
+) -> Selection:
+    """Score every candidate and, with `pairs`, every two of them on the same cases."""
+    # imported here: what only finds a rule for masks needs no torch
+    from ichbench.inference.ensemble import mean_probabilities
+
+    names = [candidate.name for candidate in candidates]
+    if not candidates or not cases or len(set(names)) != len(names):
+        raise InputError(f"a selection needs at least one case and models with names of their own, but has {len(cases)} cases and {names}")
+    lacking = [candidate.name for candidate in candidates if candidate.probabilities is None]
+    if pairs and lacking and len(candidates) > 1:
+        raise InputError(
+            f"pairs of models are averaged by their probabilities, but {', '.join(lacking)} has none; give them or turn pairs off"
+        )
+
+    def combined(case: str, first: Candidate, second: Candidate) -> Labels:
+        # both have probabilities: checked above
+        parts = [candidate.probabilities(case) for candidate in (first, second) if candidate.probabilities is not None]
+        return rules.from_probabilities(mean_probabilities(parts))
+
+    def score(mask: Callable[[str], Labels]) -> float:
+        counts = [dice_counts(reference(case), mask(case), rules.targets, rules.ignore) for case in sorted(cases)]
+        return foreground_mean(mean_dice(counts), compatibility)
+
+    scores: dict[tuple[str, ...], float] = {(candidate.name,): score(candidate.mask) for candidate in candidates}
+    for first, second in combinations(candidates, 2) if pairs else ():
+        scores[first.name, second.name] = score(partial(combined, first=first, second=second))
+    known = {names: dice for names, dice in scores.items() if not math.isnan(dice)}
+    if not known:
+        raise InputError("no model can be chosen: no case shows a label, in any reference or prediction")
+    # max keeps the first of equals
+    return Selection(max(known, key=lambda names: known[names]), scores)

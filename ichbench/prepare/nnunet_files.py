@@ -1,0 +1,102 @@
+"""A cohort's dataset.json, fingerprint and plans, as they lie in a folder of nnU-Net's `nnUNet_preprocessed`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ichbench.cases.cohort import Cohort
+from ichbench.cases.files import write_atomically
+from ichbench.cases.folders import ENDINGS
+from ichbench.cases.images import read_grid
+from ichbench.errors import InputError
+from ichbench.recipe import PrepareRecipe
+
+DATASET, SPLITS = "dataset.json", "splits_final.json"
+#: file ending -> nnU-Net's class that reads it
+READERS = {".nii.gz": "SimpleITKIO", ".nii": "NibabelIO"}
+
+
+def dataset_table(cohort: Cohort) -> dict[str, Any]:
+    """The content of nnU-Net's dataset.json: the cohort's own where it has one, else what it declares, in nnU-Net's words."""
+    own = cohort.root / DATASET
+    if own.is_file():
+        table: dict[str, Any] = json.loads(own.read_text(encoding="utf-8-sig"))
+        return table
+    labels = dict(cohort.labels) | ({} if cohort.ignore_label is None else {"ignore": cohort.ignore_label})
+    return {
+        "channel_names": {str(index): name for index, name in enumerate(cohort.channel_names)},
+        "labels": labels,
+        "numTraining": len(cohort.train_ids),
+        "file_ending": _ending(cohort),
+    }
+
+
+def side_files(cohort: Cohort) -> dict[str, str]:
+    """What nnU-Net's planning copies beside its plans: dataset.json, and the cohort's own splits where it has them."""
+    own = cohort.root / SPLITS
+    splits = {SPLITS: own.read_text(encoding="utf-8")} if own.is_file() else {}
+    return {DATASET: json.dumps(dataset_table(cohort), indent=4)} | splits
+
+
+def reader_of(cohort: Cohort) -> str:
+    """nnU-Net's class for the cohort's image files: by their ending, unless its dataset.json names one."""
+    named = str(dataset_table(cohort).get("overwrite_image_reader_writer", "None"))
+    return READERS[_ending(cohort)] if named == "None" else named
+
+
+def check_expressible(cohort: Cohort, prepare: PrepareRecipe) -> None:
+    """Raise `InputError` where nnU-Net, given these files, would take something else from the same images."""
+    plain = PrepareRecipe(compatibility=prepare.compatibility)
+    changed = [name for name in PrepareRecipe.model_fields if getattr(prepare, name) != getattr(plain, name)]
+    if changed:
+        raise InputError(
+            f"nnU-Net's files cannot say prepare.{changed[0]}: it would not apply it; leave out --out, or that key of the recipe"
+        )
+    if prepare.compatibility == "nnunet":
+        return
+    for case_id in cohort.train_ids:
+        path = cohort.record(case_id).images[0]
+        if read_grid(path).file_axes != (2, 1, 0):
+            raise InputError(
+                f"{path}: its slices do not lie along the file's last axis, which nnU-Net would take for them; "
+                "add --compatibility nnunet to take the axes as nnU-Net does"
+            )
+
+
+def write_files(folder: Path, texts: Mapping[str, str], overwrite: bool = False) -> list[tuple[Path, str]]:
+    """Write the texts under their names; returns (path, "written" or "unchanged") for each.
+
+    A file that is there and says something else stops everything before anything is written, unless `overwrite`.
+    """
+    paths = {folder / name: text for name, text in texts.items()}
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder")
+    different = [path for path, text in paths.items() if path.exists() and path.read_bytes() != text.encode()]
+    if different and not overwrite:
+        names = ", ".join(path.name for path in different)
+        raise InputError(f"{folder}: {names} is there already and says something else; choose another folder or add --overwrite")
+    done = []
+    for path, text in paths.items():
+        same = path.exists() and path not in different
+        if not same:
+            write_atomically(path, text.encode())
+        done.append((path, "unchanged" if same else "written"))
+    return done
+
+
+def with_custom_configurations(path: Path, table: dict[str, Any]) -> dict[str, Any]:
+    """As nnU-Net does when it plans again: configurations that somebody added to an existing plans file stay in it."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        extra = {name: value for name, value in old.get("configurations", {}).items() if name not in table["configurations"]}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: is there already and is not a plans file ({error}); choose another folder or remove it") from None
+    return table | {"configurations": table["configurations"] | extra}
+
+
+def _ending(cohort: Cohort) -> str:
+    name = cohort.records[0].images[0].name
+    return next(ending for ending in ENDINGS if name.endswith(ending))

@@ -1,0 +1,126 @@
+"""The commands `ichbench postprocess` and `ichbench select` on folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from model_folders import small_plan, write_model
+
+from ichbench.cases.case import Grid
+from ichbench.cases.images import read_labels, write_image, write_labels
+from ichbench.cli import app
+from ichbench.errors import InputError
+from ichbench.inference.folders import apply_to_folder, find_in_folders, select_folders
+from ichbench.inference.model import load_model, predict_path
+from ichbench.inference.postprocess import Postprocessing
+
+AFFINE = np.array([[0, 0, -1.0, 0], [0, -1.0, 0, 0], [2, 0, 0, 0], [0, 0, 0, 1]])
+
+
+def write(folder: Path, **rows: str) -> Path:
+    """Masks of one row, a digit a voxel."""
+    folder.mkdir()
+    for name, row in rows.items():
+        labels = np.array([int(digit) for digit in row], np.int16).reshape(1, 1, -1)
+        write_labels(folder / f"{name}.nii.gz", labels, Grid((1, 1, len(row)), AFFINE))
+    return folder
+
+
+def row(path: Path) -> str:
+    return "".join(map(str, read_labels(path)[0].ravel()))
+
+
+def run(*words: object) -> None:
+    app([str(word) for word in words], standalone_mode=False)
+
+
+def test_find_and_apply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = write(tmp_path / "reference", a="0111000", b="0001100")
+    predictions = write(tmp_path / "predictions", a="0111001", b="0001100")
+    run("postprocess", "find", reference, predictions, "--rule", tmp_path / "rule.json")
+    assert "Dice 0.9286 -> 1.0000, kept" in capsys.readouterr().out
+    others = write(tmp_path / "others", c="1100110111", d="0000000000")
+    run("postprocess", "apply", others, "--rule", tmp_path / "rule.json", "--out", tmp_path / "out")
+    assert f"{tmp_path / 'out' / 'c.nii.gz'}: 4 voxels removed" in capsys.readouterr().out
+    assert (row(tmp_path / "out/c.nii.gz"), row(tmp_path / "out/d.nii.gz")) == ("0000000111", "0000000000")
+    assert row(others / "c.nii.gz") == "1100110111"
+    with pytest.raises(InputError, match="nothing is overwritten"):
+        run("postprocess", "apply", others, "--rule", tmp_path / "rule.json", "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="nothing is overwritten"):
+        run("postprocess", "find", reference, predictions, "--rule", tmp_path / "rule.json")
+
+
+def test_regions_and_ignore_of_a_dataset_json(tmp_path: Path) -> None:
+    declared = {"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]}
+    (tmp_path / "dataset.json").write_text(json.dumps(declared))
+    reference = write(tmp_path / "reference", a="012100333")
+    predictions = write(tmp_path / "predictions", a="012101000")
+    assert find_in_folders(reference, predictions, tmp_path / "dataset.json").steps == ((1, 2),)
+    hidden = write(tmp_path / "hidden", a="012103333")
+    assert find_in_folders(hidden, predictions, tmp_path / "dataset.json").steps == ()
+
+
+def test_folders_that_do_not_fit(tmp_path: Path) -> None:
+    reference = write(tmp_path / "reference", a="0110", b="0110")
+    some = write(tmp_path / "some", a="0110")
+    with pytest.raises(InputError, match=r"no prediction of 1 cases \(b\)"):
+        find_in_folders(reference, some)
+    wide = write(tmp_path / "wide", a="01100", b="0110")
+    with pytest.raises(InputError, match="does not lie on the grid"):
+        find_in_folders(reference, wide)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no mask"):
+        list(apply_to_folder(Postprocessing(((1,),)), tmp_path / "empty", tmp_path / "out"))
+    with pytest.raises(InputError, match=r"no mask of 1 cases \(b\)"):
+        select_folders(reference, {"one": some})
+    with pytest.raises(InputError, match="give NAME=DIR"):
+        run("select", reference, "one")
+
+
+def probabilities(folder: Path, case: str, foreground: list[float]) -> None:
+    table = np.array([1 - np.array(foreground), foreground], np.float32).reshape(2, 1, 1, -1)
+    np.savez_compressed(folder / f"{case}.npz", probabilities=table)
+
+
+def test_select_prints_and_writes_the_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = write(tmp_path / "reference", a="0110")
+    one, two = write(tmp_path / "one", a="0100"), write(tmp_path / "two", a="0010")
+    with pytest.raises(InputError, match="m1, m2 has none"):
+        run("select", reference, f"m1={one}", f"m2={two}")
+    run("select", reference, f"m1={one}", f"m2={two}", "--no-pairs")
+    assert "m1: mean Dice 0.6667  <- best" in capsys.readouterr().out
+    probabilities(one, "a", [0, 0.9, 0.4, 0])
+    probabilities(two, "a", [0, 0.4, 0.9, 0])
+    run("select", reference, f"m1={one}", f"m2={two}", "--out", tmp_path / "choice.json")
+    assert "m1 + m2: mean Dice 1.0000  <- best" in capsys.readouterr().out
+    assert json.loads((tmp_path / "choice.json").read_text())["members"] == ["m1", "m2"]
+    np.savez(two / "a.npz", probabilities=np.array([object()]))
+    with pytest.raises(InputError, match="not an archive"):
+        run("select", reference, f"m1={one}", f"m2={two}")
+
+
+@pytest.mark.parametrize("order", ["kji", "ikj"])
+def test_probabilities_lie_in_file_order_beside_the_mask(tmp_path: Path, order: str) -> None:
+    """The archive's array, slowest file axis first, gives the mask's file back; so also where the file stores another order."""
+    grid = Grid((6, 20, 22), np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
+    if order == "ikj":
+        grid = replace(grid, file_axes=(1, 2, 0), affine_4x4=np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
+    image = np.random.default_rng(0).normal(40, 30, grid.shape_zyx).astype(np.float32)
+    write_image(tmp_path / "p_0000.nii.gz", image, grid)
+    write_model(tmp_path / "model", small_plan())
+    plain, both = tmp_path / "plain", tmp_path / "both"
+    model = load_model(tmp_path / "model")
+    list(predict_path(model, tmp_path / "p_0000.nii.gz", plain / "p.nii.gz"))
+    run("predict", tmp_path / "model", tmp_path / "p_0000.nii.gz", "--out", both / "p.nii.gz", "--device", "cpu", "--probabilities")
+    with np.load(both / "p.npz") as archive:
+        table = archive["probabilities"]
+    stored = np.asarray(nibabel.load(both / "p.nii.gz").dataobj)  # type: ignore[attr-defined]
+    assert table.shape[1:] == stored.shape[::-1]
+    assert 0 < stored.mean() < 1
+    np.testing.assert_array_equal(table.argmax(0), stored.T)
+    assert row(both / "p.nii.gz") == row(plain / "p.nii.gz")

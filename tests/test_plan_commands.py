@@ -1,0 +1,179 @@
+"""`ichbench fingerprint` and `ichbench plan` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from test_cli import call, one_line
+from typer.testing import CliRunner
+
+from ichbench.cases.cohort import read_cohort
+from ichbench.cli import app
+from ichbench.errors import InputError
+from ichbench.prepare.fingerprint import Fingerprint, combine, fingerprint, read_fingerprint
+from ichbench.prepare.pipeline import flagged_case
+from ichbench.prepare.plans_read import plans_of, read_plans
+from ichbench.prepare.survey import cohort_fingerprint, cohort_plan, cohort_plans, label_counts
+from ichbench.recipe import PlanRecipe, PrepareRecipe, Window
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's 1e8 draws take seconds; a thousandth of them shows the same."""
+    monkeypatch.setattr("ichbench.prepare.survey.combine", lambda facts, sampled, workers: combine(facts, sampled, 10**5, workers))
+
+
+def refused(*arguments: object) -> str:
+    """The message of an `InputError`, which the command line prints alone; without starting a process."""
+    done = CliRunner().invoke(app, [str(one) for one in arguments])
+    assert isinstance(done.exception, InputError), done.exception
+    return str(done.exception)
+
+
+def test_fingerprint_says_what_it_found_and_writes_nnunets_file(small_phantom: Path, tmp_path: Path) -> None:
+    done = call("fingerprint", small_phantom, "--out", tmp_path / "pre")
+    assert done.returncode == 0, done.stderr
+    for words in ("over 4 cases", "channel 0 (CT): mean", "Computed from all voxels", "dataset_fingerprint.json (written)"):
+        assert words in done.stdout
+    assert sorted(files(tmp_path / "pre")) == ["dataset.json", "dataset_fingerprint.json"]
+    cohort = read_cohort(small_phantom)
+    read = read_fingerprint(tmp_path / "pre/dataset_fingerprint.json", 4)
+    assert read == fingerprint(flagged_case(cohort.load(name), PrepareRecipe())[0] for name in cohort.train_ids)
+    again = call("fingerprint", small_phantom, "--out", tmp_path / "pre")
+    assert again.stdout.count("(unchanged)") == 2
+
+
+def test_plan_explains_itself_and_writes_nnunets_files(small_phantom: Path, tmp_path: Path) -> None:
+    done = call("plan", small_phantom, "--out", tmp_path / "pre", "--family", "resenc_m")
+    assert done.returncode == 0, done.stderr
+    wanted = (
+        "planner resenc_m (nnU-Net's nnUNetPlannerResEncM)", "The median spacing of the cases is", "2d: why this patch and batch",
+        "3d_fullres: why this patch and batch", "Low resolution and cascade", "Channel 0 (CT): clipped to", "configuration  spacing (mm)",
+    )  # fmt: skip
+    for words in wanted:
+        assert words in done.stdout, done.stdout
+    assert sorted(files(tmp_path / "pre")) == ["dataset.json", "dataset_fingerprint.json", "nnUNetResEncUNetMPlans.json"]
+    dataset = json.loads((tmp_path / "pre/dataset.json").read_text())
+    plans = plans_of(read_plans(tmp_path / "pre/nnUNetResEncUNetMPlans.json"), dataset)
+    cohort = read_cohort(small_phantom)
+    found = cohort_fingerprint(cohort, cohort.train_ids, PrepareRecipe())
+    planned = cohort_plans(cohort, found, PrepareRecipe(), PlanRecipe(family="resenc_m"))
+    assert plans == {name: sized.plan for name, sized in planned.configurations.items()}
+    assert plans["3d_fullres"] == cohort_plan(cohort, found, PrepareRecipe(), PlanRecipe(family="resenc_m"))
+    # from the file, without measuring again
+    quick = call("plan", small_phantom, "--family", "resenc_m", "--fingerprint", tmp_path / "pre/dataset_fingerprint.json")
+    assert quick.stdout in done.stdout
+
+
+def test_what_was_there_is_never_lost(small_phantom: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pre"
+    assert call("plan", small_phantom, "--out", out).returncode == 0
+    path = out / "nnUNetPlans.json"
+    edited = json.loads(path.read_text())
+    edited["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 5}
+    path.write_text(json.dumps(edited, indent=4))
+    before = files(out)
+    assert call("plan", small_phantom, "--out", out).stdout.count("(unchanged)") == 3  # a configuration of one's own stays
+    assert files(out) == before
+    message = one_line(call("plan", small_phantom, "--out", out, "--memory-gb", 0.5))
+    assert "nnUNetPlans.json is there already and says something else" in message
+    assert "--overwrite" in message
+    assert files(out) == before
+    assert call("plan", small_phantom, "--out", out, "--memory-gb", 0.5, "--overwrite").returncode == 0
+    after = json.loads(path.read_text())["configurations"]
+    assert after["mine"] == edited["configurations"]["mine"]
+    assert after["3d_fullres"] != edited["configurations"]["3d_fullres"]
+    path.write_text("no plans")
+    assert "is not a plans file" in one_line(call("plan", small_phantom, "--out", out, "--overwrite"))
+
+
+@pytest.mark.usefixtures("fewer_draws")
+def test_the_switch_gives_nnunets_draw(small_phantom: Path) -> None:
+    """Threads or not, the numbers are those of `sampled`, and they are near the law's."""
+    cohort = read_cohort(small_phantom)
+    ours = cohort_fingerprint(cohort, cohort.train_ids, PrepareRecipe(), workers=2)
+    assert ours == cohort_fingerprint(cohort, cohort.train_ids, PrepareRecipe())
+    theirs = cohort_fingerprint(cohort, cohort.train_ids, PrepareRecipe(compatibility="nnunet"), workers=2)
+    assert theirs.spacings == ours.spacings
+    for key, value in ours.intensities["0"].items():
+        assert theirs.intensities["0"][key] == pytest.approx(value, rel=0.02)
+    assert theirs.intensities != ours.intensities
+
+
+def test_user_errors_are_one_line(small_phantom: Path, tmp_path: Path) -> None:
+    cases = {
+        ("--family", "resnet"): "plan.family = 'resnet' is not allowed",
+        ("--spacing", "5,0.5"): "give three numbers in mm, z,y,x",
+        ("--spacing", "5,0.5,0"): "plan.target_spacing_zyx_mm",
+        ("--memory-gb", "0"): "plan.memory_gb",
+        ("--memory-gb", "0.00001"): "no patch fits plan.memory_gb",
+        ("--compatibility", "nnU-Net"): "prepare.compatibility = 'nnU-Net' is not allowed",
+        ("--fingerprint", str(small_phantom / "dataset.json")): "not a dataset fingerprint",
+        ("--fingerprint", str(tmp_path / "none.json")): "cannot be read",
+        ("--recipe", "window_swapped", "--out", str(tmp_path / "x")): "cannot say prepare.window",
+        ("--recipe", "nothing"): "there is no arm 'nothing'",
+    }
+    for arguments, message in cases.items():
+        assert message in refused("plan", small_phantom, *arguments), arguments
+    assert "no such folder or file" in one_line(call("fingerprint", tmp_path / "nowhere"))
+    assert not (tmp_path / "x").exists()
+    other = Fingerprint(((1.0,) * 3,), ((9,) * 3,), {"0": dict.fromkeys(("mean", "std"), 1.0)}, 1.0)
+    (tmp_path / "other.json").write_text(other.to_text())
+    message = refused("plan", small_phantom, "--fingerprint", tmp_path / "other.json")
+    assert "was taken of 1 cases, but there are 4 training cases" in message
+
+
+def test_spacing_on_the_command_line_is_nnunets_override(small_phantom: Path) -> None:
+    done = call("plan", small_phantom, "--spacing", "2,4,1")
+    assert "The recipe fixes the working spacing: 2 x 4 x 1 mm (z, y, x)." in done.stdout
+    assert "Axis y has the coarsest working spacing and comes first; all numbers below are in the order y, z, x." in done.stdout
+    assert "3d_fullres     4 x 2 x 1" in done.stdout
+
+
+def test_an_arms_flags_act_before_the_measure(small_phantom: Path) -> None:
+    done = call("fingerprint", small_phantom, "--recipe", "window_swapped")
+    cohort = read_cohort(small_phantom)
+    recipe = PrepareRecipe(window=Window(level_hu=59.0, width_hu=96.0))
+    facts = cohort_fingerprint(cohort, cohort.train_ids, recipe).intensities["0"]
+    assert f"mean {facts['mean']:.5g}, sd {facts['std']:.5g}" in done.stdout
+
+
+@pytest.mark.usefixtures("fewer_draws")
+def test_files_whose_slices_lie_elsewhere_are_not_written_for_nnunet(small_phantom: Path, tmp_path: Path) -> None:
+    """Sagittal files: ours takes z first, nnU-Net the file's last axis; files for it must be in its order."""
+    turned = tmp_path / "turned"
+    shutil.copytree(small_phantom, turned)
+    for path in [*turned.glob("imagesT*/*.nii.gz"), *turned.glob("labelsT*/*.nii.gz")]:
+        image = nibabel.load(path)
+        data = np.asarray(image.dataobj).transpose(2, 0, 1)
+        affine = image.affine[:, [2, 0, 1, 3]]
+        nibabel.save(nibabel.Nifti1Image(data, affine), path)
+    message = refused("plan", turned, "--out", tmp_path / "pre")
+    assert "add --compatibility nnunet" in message
+    assert not (tmp_path / "pre").exists()
+    done = CliRunner().invoke(app, ["plan", str(turned), "--out", str(tmp_path / "pre"), "--compatibility", "nnunet"])
+    assert done.exit_code == 0, done.exception
+    plans = json.loads((tmp_path / "pre/nnUNetPlans.json").read_text())
+    assert plans["transpose_forward"] == [2, 0, 1]
+
+
+def test_the_ignore_label_counts_in_the_estimate_alone(small_phantom: Path, tmp_path: Path) -> None:
+    shutil.copytree(small_phantom, tmp_path / "ignored")
+    described = json.loads((small_phantom / "dataset.json").read_text())
+    described["labels"]["ignore"] = 2
+    (tmp_path / "ignored/dataset.json").write_text(json.dumps(described))
+    plain, ignored = read_cohort(small_phantom), read_cohort(tmp_path / "ignored")
+    assert (label_counts(plain), label_counts(ignored)) == ((2, 2), (3, 2))
+    found = cohort_fingerprint(plain, plain.train_ids, PrepareRecipe())
+    before, after = (cohort_plan(cohort, found, PrepareRecipe(), PlanRecipe()) for cohort in (plain, ignored))
+    assert before.n_classes == after.n_classes == 2
+    assert after.estimate - before.estimate == np.prod(after.patch_size)
