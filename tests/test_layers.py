@@ -64,6 +64,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "plan",
         "explain",
         "plans_json",
+        "plans_read",
         "nnunet_files",
         "geometry",
         "restore",

@@ -17,7 +17,7 @@ from ichbench.cli import app
 from ichbench.errors import InputError
 from ichbench.prepare.fingerprint import Fingerprint, combine, fingerprint, read_fingerprint
 from ichbench.prepare.pipeline import flagged_case
-from ichbench.prepare.plans_json import plans_of, read_plans
+from ichbench.prepare.plans_read import plans_of, read_plans
 from ichbench.prepare.survey import cohort_fingerprint, cohort_plan, cohort_plans, label_counts
 from ichbench.recipe import PlanRecipe, PrepareRecipe, Window
 

@@ -17,7 +17,8 @@ from nn_planners import their_plans
 from ichbench.errors import InputError
 from ichbench.prepare.fingerprint import Fingerprint
 from ichbench.prepare.plan import plan_all
-from ichbench.prepare.plans_json import count_labels, plan_of, plans_of, plans_table, plans_text
+from ichbench.prepare.plans_json import plans_table, plans_text
+from ichbench.prepare.plans_read import count_labels, plan_of, plans_of
 from ichbench.prepare.topology import FAMILIES
 from ichbench.recipe import PlanRecipe
 

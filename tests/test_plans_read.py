@@ -15,7 +15,8 @@ from ichbench.errors import InputError
 from ichbench.prepare.configuration import Plan
 from ichbench.prepare.fingerprint import Fingerprint
 from ichbench.prepare.plan import plan_all
-from ichbench.prepare.plans_json import count_labels, plan_of, plans_of, plans_table, plans_text, read_plans
+from ichbench.prepare.plans_json import plans_table, plans_text
+from ichbench.prepare.plans_read import count_labels, plan_of, plans_of, read_plans
 from ichbench.recipe import PlanRecipe
 
 FINGERPRINT, DATASET = COHORTS["CT_abd_2.5"]
