@@ -7,6 +7,7 @@ import json
 import pytest
 from golden.nnunet_plans import COHORTS, FROZEN, lines
 
+from ichbench.prepare.explain import explain_planned, planned_table
 from ichbench.prepare.fingerprint import Fingerprint
 from ichbench.prepare.plan import make_plan, plan_all
 from ichbench.prepare.plans_json import plans_table, plans_text
@@ -74,3 +75,25 @@ def test_depths() -> None:
     assert depth("plain", 4) == ((2, 2, 2, 2), (2, 2, 2))
     assert depth("residual", 6) == ((1, 3, 4, 6, 6, 6), (1,) * 5)
     assert depth("residual", 2) == ((1, 3), (1,))
+
+
+@pytest.mark.parametrize("family", ["plain", "resenc_l"])
+@pytest.mark.parametrize("name", COHORTS)
+def test_the_words_hold_the_numbers(name: str, family: str) -> None:
+    fingerprint, dataset = COHORTS[name]
+    found, channels = Fingerprint.from_json(fingerprint), tuple(dataset["channel_names"].values())
+    n_labels, n_cases = len(dataset["labels"]), dataset["numTraining"]
+    planned = plan_all(found, PlanRecipe(family=family), channels, n_labels, n_cases)  # type: ignore[arg-type]
+    words = "\n".join(explain_planned(planned, FAMILIES[family], n_labels, n_cases))
+    rows = planned_table(planned)
+    assert len(rows) == 1 + len(planned.configurations)
+    assert ("3d_lowres: why" in words) is ("3d_lowres" in planned.configurations)
+    for one, sized in planned.configurations.items():
+        patch = " x ".join(map(str, sized.plan.patch_size))
+        assert any(row.startswith(one) and f"  {patch}  " in row for row in rows)
+        assert sized.fit is not None
+        if one != "3d_cascade_fullres":
+            part = words.split(f"{one}: why")[1].split("\n\n")[0]
+            assert f"batch {sized.plan.batch_size}." in part
+            assert (f"-> {patch}, which needs" in part or f": {patch}, which needs" in part) is bool(sized.fit.shrinks)
+            assert ("nothing is cut" in part) is not bool(sized.fit.shrinks)

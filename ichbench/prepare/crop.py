@@ -55,9 +55,10 @@ def fill_holes(mask_zyx: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _reachable(unset_zyx: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Those of few marked voxels that the border reaches through marked faces, one layer of voxels after the other."""
-    # a rim of unmarked voxels keeps every step inside the array and its row
-    waiting = np.pad(unset_zyx, 1)
-    reached = np.zeros_like(waiting)
+    # a rim of unmarked voxels keeps every step inside the array and its row; C order, whatever came, for flat indices
+    waiting = np.zeros([n + 2 for n in unset_zyx.shape], dtype=bool)
+    waiting[1:-1, 1:-1, 1:-1] = unset_zyx
+    reached = np.zeros(waiting.shape, dtype=bool)
     border = waiting.copy()
     border[2:-2, 2:-2, 2:-2] = False
     steps = [sign * int(np.prod(waiting.shape[axis + 1 :])) for axis in range(3) for sign in (-1, 1)]

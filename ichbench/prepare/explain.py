@@ -131,7 +131,7 @@ def _size(sized: Sized, target: Target, family: Family, n_labels: int, n_cases: 
         least = f", and a batch has at least {SMALLEST_BATCH}" if chosen > min(sized.fitting, sized.share) else ""
         lines.append(f"{memory}{', but' if sized.share < sized.fitting else ';'} {most}{least}: batch {plan.batch_size}.")
     halved = "at each but the first, the axes with less than twice the finest spacing are halved, down to 4 voxels at the least"
-    lines.append(f"{plan.n_stages} stages: {halved}.")
+    lines.append(f"{plan.n_stages} stages: {halved}." if plan.n_stages > 1 else "One stage: the patch is too small to be halved.")
     return lines
 
 
@@ -182,7 +182,7 @@ def _x(values: Sequence[float]) -> str:
 
 
 def _m(elements: float) -> str:
-    return f"{elements / 1e6:,.1f} million"
+    return f"{elements / 1e6:,.1f} million" if elements >= 1e5 else f"{elements:,.0f}"
 
 
 def _times(count: int) -> str:
