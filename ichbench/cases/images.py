@@ -89,6 +89,14 @@ def read_grid(path: Path, keep_file_order: bool = False) -> Grid:
     return _grid_of(header, shape_ijk_of(Path(path), header), keep_file_order, Path(path))
 
 
+def case_order(grid: Grid) -> tuple[int, int, int]:
+    """How to transpose an array that was read with `keep_file_order`, so that its axes are (z, y, x): the slice axis first."""
+    if grid.header is None:
+        return 0, 1, 2
+    z, y, x = _file_axes(geometry_of(parse_header(grid.header)))
+    return grid.file_axes.index(z), grid.file_axes.index(y), grid.file_axes.index(x)
+
+
 def write_labels(path: Path, labels_zyx: NDArray[np.integer] | NDArray[np.bool_], grid: Grid) -> None:
     """Write a mask in its file's own axis order and geometry (bit for bit where the grid came from a file).
 
