@@ -209,10 +209,11 @@ def _beside(
         hd_mm = next((row.value for row in rows if row.metric == "hd"), None)
         # the checks tell slices from rows and columns, which the order of the file's axes does not
         order = masks.case_order
-        turned = [None if side is None else side.transpose(order) for side in (own.T, other.T, masks.image_hu)]
+        image = None if masks.image_hu is None else masks.image_hu.transpose(order)
+        sides = (own.T.transpose(order), other.T.transpose(order), [masks.spacing_zyx_mm[axis] for axis in order])
         codes = "".join(masks.axis_codes_zyx[axis] for axis in order)
         known: dict[str, Any] = {"hd_mm": hd_mm, "axis_codes_zyx": codes, "voxel_ml": masks.voxel_ml}
-        odd = find_anomalies(*turned[:2], tuple(spacing[::-1][axis] for axis in order), turned[2], **known)
+        odd = find_anomalies(*sides, image, **known)
     pair = measure(own, other, spacing, OFFICIAL)
     curve = tolerance_curve(pair.surfaces) if settings.curve else ()
     return measured_definitions(pair) if settings.definitions else {}, curve, odd
