@@ -123,8 +123,9 @@ def guard_blob(checked: Checked) -> Finding | None:
     numbers = {"voxels": voxels, "ml": voxels * checked.pair.voxel_ml, "share": voxels / total}
     size = f"({voxels} voxel(s), {numbers['ml']:.3g} ml)"
     # beside an empty reference the distance stays infinite, and the foreground guards nothing
-    finite = "it only turns an infinite Hausdorff distance into a finite one. R"
-    guards = f"{finite if checked.pair.counts.reference else 'r'}ead this case as an empty prediction"
+    guards = "read this case as an empty prediction"
+    if checked.pair.counts.reference:
+        guards = f"it only turns an infinite Hausdorff distance into a finite one; {guards}"
     if outlines:
         first = int(checked.places_zyx[0][np.isin(checked.component, outlines)].min())
         text = f"{len(outlines)} closed outline(s) one slice thick {size}, the first on slice {first}: circles and boxes drawn by "
