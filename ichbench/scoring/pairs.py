@@ -30,7 +30,9 @@ class Settings:
 
     label_map      value in a reference file -> value to use
     count_voxels   also fill `Scored.voxels`
-    definitions    also fill `Scored.definitions`; curve, anomalies: likewise (only anomalies look at a pair's image)
+    definitions    metrics of `definitions.matrix_metrics` to fill `Scored.definitions` with; none unless asked for
+    curve          tolerances in mm to fill `Scored.curve` at, likewise
+    anomalies      also fill `Scored.anomalies` (only they look at a pair's image)
     """
 
     protocol: Protocol
@@ -41,8 +43,8 @@ class Settings:
     label_map: Mapping[int, int] | None = None
     reorient: bool = False
     count_voxels: bool = False
-    definitions: bool = False
-    curve: bool = False
+    definitions: tuple[str, ...] = ()
+    curve: tuple[float, ...] = ()
     anomalies: bool = False
 
 
@@ -62,7 +64,7 @@ class Scored:
 
     voxels        by row suffix (`layouts.regions_of`), "" for the whole foreground where no labels are declared; empty unless asked for
     definitions   values of `definitions.pair_definitions` for the whole foreground; empty unless asked for
-    curve         NSD at `definitions.TOLERANCES_MM`, likewise
+    curve         NSD at the tolerances asked for, likewise
     anomalies     what is odd about the prediction, likewise
     """
 
@@ -215,8 +217,8 @@ def _beside(
         known: dict[str, Any] = {"hd_mm": hd_mm, "axis_codes_zyx": codes, "voxel_ml": masks.voxel_ml}
         odd = find_anomalies(*sides, image, **known)
     pair = measure(own, other, spacing, OFFICIAL)
-    curve = tolerance_curve(pair.surfaces) if settings.curve else ()
-    return measured_definitions(pair) if settings.definitions else {}, curve, odd
+    curve = tolerance_curve(pair.surfaces, settings.curve) if settings.curve else ()
+    return measured_definitions(pair, settings.definitions) if settings.definitions else {}, curve, odd
 
 
 def _voxels(labels: Labels | None, masks: _Masks) -> dict[str, Voxels]:
