@@ -44,6 +44,7 @@ def read_image(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.fl
     """The voxels (z, y, x) of one NIfTI volume with its scale and offset applied (HU for CT), and its grid.
 
     `keep_file_order` takes the file's axes reversed, (k, j, i), whatever they point at, as nnU-Net does.
+    Axes after the third that have one voxel are dropped, without a word: (x, y, z, 1) is read as (x, y, z).
     Raises `InputError` for a file that is missing, damaged, not NIfTI, not 3D, too large, or has voxels that are not finite.
     """
     raw_zyx, header, grid = _read(Path(path), keep_file_order)
