@@ -160,7 +160,7 @@ def score(
     """
     from dataclasses import replace
 
-    from ichbench.scoring.definitions import fold_definitions, mean_curve, render_curve, render_matrix
+    from ichbench.scoring.definitions import curve_tolerances, fold_definitions, matrix_metrics, mean_curve, render_curve, render_matrix
     from ichbench.scoring.exports import Targets
     from ichbench.scoring.folders import default_workers, labels_present, score_each
     from ichbench.scoring.layouts import find_pairs, with_images
@@ -172,6 +172,8 @@ def score(
     rules, targets = get_protocol(protocol), Targets(out, wide, summary, metrics_json)
     if metrics is not None:
         rules = replace(rules, metrics=check_metrics(metrics.split(",")))
+    compared = matrix_metrics(rules, None if metrics is None else rules.metrics) if definitions else ()
+    tolerances_mm = curve_tolerances(rules) if curve else ()
     if images is not None and not anomalies:
         raise InputError("--images is for the checks that --no-anomalies turns off; give one of the two")
     found = find_pairs(reference, prediction, dataset_json)
@@ -182,7 +184,7 @@ def score(
     try:
         labels = labels_present(masks, n_workers) if each_label and found.labels is None else found.labels
         options = Settings(rules, found.arm, labels=labels, label_map=found.label_map, reorient=reorient)
-        settings = replace(options, count_voxels=summary is not None, definitions=definitions, curve=curve, anomalies=anomalies)
+        settings = replace(options, count_voxels=summary is not None, definitions=compared, curve=tolerances_mm, anomalies=anomalies)
         with Progress(len(found.pairs), sys.stderr) as progress:
             scored = list(progress.each(score_each(found.pairs, settings, n_workers)))
     except KeyboardInterrupt:
@@ -194,7 +196,7 @@ def score(
     if definitions:
         typer.echo("\n" + render_matrix(fold_definitions(one.definitions for one in scored)).rstrip())
     if curve:
-        typer.echo("\n" + render_curve(mean_curve(one.curve for one in scored)).rstrip())
+        typer.echo("\n" + render_curve(mean_curve((one.curve for one in scored), tolerances_mm), rules).rstrip())
     for warning in warnings_of(scored, [path.name for path in found.extra], found.imageless):
         typer.echo(f"warning: {warning}")
     if targets.paths():

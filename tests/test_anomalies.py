@@ -114,6 +114,7 @@ def test_an_outline_beside_a_bleed_and_one_that_is_the_reference() -> None:
     assert found.evidence["voxels"] == drawn.sum()
     assert found.evidence["share"] == pytest.approx(drawn.sum() / (drawn | bleed()).sum())
     assert "empty prediction" not in found.text
+    assert "Take it out of the mask" in found.text
     assert "guard_blob" not in kinds(drawn, drawn, CT_MM)
     half = drawn & (np.arange(512) >= 130)  # half of the first and all of the second
     assert "guard_blob" not in kinds(half, drawn, CT_MM)
@@ -150,6 +151,16 @@ def test_specks_that_find_something_guard_nothing() -> None:
     speck = box((5, 30, 30), (2, 3), (2, 3), (5, 6))
     assert "guard_blob" not in kinds(box((5, 30, 30), (2, 3), (2, 3), (2, 21)), speck, MM)
     assert "guard_blob" in kinds(box((5, 30, 30), (2, 3), (2, 3), (2, 22)), speck, MM)
+
+
+def test_a_guard_makes_no_distance_finite_where_the_reference_is_empty() -> None:
+    """HD of an empty reference is infinite whatever is predicted, so nothing is said about it."""
+    for mask in (outline(CT, 13, 100, 100, 200, 200), box(CT, (4, 5), (256, 257), (256, 257))):
+        assert "infinite Hausdorff distance into a finite one" in only("guard_blob", bleed(), mask, CT_MM).text
+        for reference in (None, np.zeros(CT, bool)):
+            text = only("guard_blob", reference, mask, CT_MM).text
+            assert "Hausdorff" not in text
+            assert text.endswith(": read this case as an empty prediction")
 
 
 # --- borders, volume ---------------------------------------------------------------------------------------------------
@@ -282,8 +293,12 @@ def test_silent_where_the_reference_is_outside_or_there_is_no_head() -> None:
     assert "outside_head" in kinds(bleed()[:20, :200, :200], outside, MM, image)
     assert "outside_head" not in kinds(np.roll(outside, 5, axis=1), outside, MM, image)
     rng = np.random.default_rng(0)
-    for other in (rng.normal(0, 1, image.shape), np.zeros(image.shape), np.full(image.shape, -1000), rng.uniform(0, 1, image.shape)):
-        assert "outside_head" not in kinds(None, outside, MM, other)
+    labels = bleed()[:20, :200, :200].astype(np.int16)
+    for other in (rng.normal(0, 1, image.shape), np.zeros(image.shape), np.full(image.shape, -1000), labels):
+        assert kinds(None, outside, MM, other) == ["no_head"]
+    assert "no_head" not in kinds(None, outside, MM) + kinds(None, outside, MM, image)
+    assert only("no_head", None, outside, MM, labels).evidence == {}
+    assert find_anomalies(None, outside & False, MM, labels) == ()  # nothing to look for
 
 
 # --- flips -------------------------------------------------------------------------------------------------------------
@@ -396,6 +411,21 @@ def test_a_large_reference_is_thinned_out_without_harm() -> None:
     near, far = box(reference.shape, (20, 21), (40, 41), (66, 67)), box(reference.shape, (20, 21), (40, 41), (100, 101))
     assert only("speck_far", reference, reference | near | far, MM).evidence == {"specks": 1, "voxels": 1, "hd_mm": 41, "hd_without_mm": 7}
     assert "speck_far" not in kinds(reference, reference | near, MM)
+
+
+def test_specks_all_over_are_noise_and_no_advice() -> None:
+    """Beside a bleed 20 specks are worth removing; 21 are noise. The numbers are said either way."""
+    reference = box((12, 120, 120), (8, 10), (50, 60), (50, 60))
+    for n in (20, 21):
+        strewn = np.zeros((5, 120, 120), dtype=bool)
+        strewn[2, 4 : 4 + 4 * n : 4, 4] = True
+        predicted = reference | np.concatenate([strewn, np.zeros((7, 120, 120), bool)])
+        found = only("speck_far", reference, predicted, MM)
+        assert (found.evidence["specks"], found.evidence["voxels"], found.evidence["hd_without_mm"]) == (n, n, 0)
+        assert f"{n} far speck(s) ({n} voxel(s))" in found.text
+        assert f"{found.evidence['hd_mm']:.1f}" in found.text
+        assert ("noise" in found.text) == (n > 20)
+        assert ("may pay off" in found.text) == (n <= 20)
 
 
 # --- what they rest on -------------------------------------------------------------------------------------------------

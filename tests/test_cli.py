@@ -512,7 +512,15 @@ def test_score_says_more_when_asked(here: Here, tmp_path: Path) -> None:
     assert {metric for _, metric in values} == {
         *("dice", "nsd@0.44", "lesion_f1", "lesion_fp@0", "volume_bias_ml", "missing", "empty_prediction", "empty_reference")
     }
-    assert "nsd: the definition alone moves the mean by" in done.stdout
+    assert "nsd@0.44: the definition alone moves the mean by" in done.stdout
+    assert "official: the formulas of INSTANCE 2022" in done.stdout
+    assert "hd95: " not in done.stdout  # not asked for
+    plain = here("score", tmp_path / "r", tmp_path / "p", "--protocol", "kits", "--definitions", "--curve").stdout
+    assert "nsd@1.033: the definition alone moves the mean by" in plain
+    assert "hd95: the definition alone moves the mean by" in plain
+    assert [line.split()[0] for line in plain.splitlines() if line.endswith("protocol kits")] == ["1.033"]
+    message = one_line(here("score", tmp_path / "r", tmp_path / "p", "--metrics", "rvd", "--definitions"))
+    assert "none of them is among the metrics given" in message
     curve = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.strip().startswith(("0.42 ", "0.45 "))}
     assert float(curve["0.42"]) < float(curve["0.45"])
     assert "guard_blob in 1 of 3 cases (2)" in done.stdout

@@ -15,8 +15,10 @@ from ichbench.scoring.definitions import (
     MATRIX_METRICS,
     TOLERANCES_MM,
     CurvePoint,
+    curve_tolerances,
     definition_matrix,
     fold_definitions,
+    matrix_metrics,
     mean_curve,
     pair_definitions,
     render_curve,
@@ -166,12 +168,18 @@ def test_fold_of_nothing_and_of_cases_that_do_not_fit() -> None:
     none = fold_definitions([{("nsd", "surfels_area"): math.nan, ("nsd", "voxels_count"): math.nan}])
     assert [(row.finite, row.cases) for row in none] == [(0, 1)] * 2
     assert all(math.isnan(number) for row in none for number in (row.mean, row.difference, row.largest, row.spread))
-    assert "nan" in render_matrix(none)
+    assert render_matrix(none).splitlines()[2:] == [
+        "nsd     surfels_area  undefined        official                        0/1  INSTANCE 2022, DeepMind, MONAI with use_subvoxels",
+        "        voxels_count  undefined       undefined          undefined     0/1  MONAI by default, Metrics Reloaded",
+        "",
+        "nsd: undefined (no case with both masks)",
+    ]
 
 
 def test_rendered_matrix() -> None:
     text = render_matrix(fold_definitions(hand_made()))
     assert text.splitlines() == [
+        "official: the formulas of INSTANCE 2022, under every protocol; hd95 and assd, which it lacks, from the same surfaces",
         "metric  definition            mean  minus official  largest in a case  finite  who computes it so",
         "hd95    surfels_area        3.0000        official                        2/3  DeepMind: percentile by area",
         "        voxels_directional  6.0000         +1.0000            +1.0000     2/3  MONAI, Metrics Reloaded",
@@ -233,15 +241,59 @@ def test_mean_curve_by_hand() -> None:
     points = mean_curve([(0.25, 1.0), (0.75, math.nan), (0.5, 0.5)], (0.42, 1))
     assert points == (CurvePoint(0.42, 0.5, 3, 3), CurvePoint(1.0, 0.75, 2, 3))
     assert render_curve(points).splitlines() == [
-        "tolerance mm     NSD  finite",
-        "        0.42  0.5000     3/3  official",
-        "           1  0.7500     2/3",
+        "tolerance mm  NSD as INSTANCE 2022  finite",
+        "        0.42                0.5000     3/3  INSTANCE 2022",
+        "           1                0.7500     2/3",
     ]
+    assert render_curve(mean_curve([(math.nan,)], (1,))).splitlines()[1] == "           1             undefined     0/1"
     nothing = mean_curve([])
     assert [point.tolerance_mm for point in nothing] == list(TOLERANCES_MM)
     assert all(math.isnan(point.mean) and point.cases == 0 for point in nothing)
     with pytest.raises(InputError, match="3 values"):
         mean_curve([(0.1, 0.2, 0.3)], (0.42, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "marks"),
+    [
+        ("instance2022", {"0.42": "INSTANCE 2022"}),
+        ("strict", {"0.42": "INSTANCE 2022, protocol strict"}),
+        ("monai", {"0.42": "INSTANCE 2022, protocol monai"}),
+        ("kits", {"0.42": "INSTANCE 2022", "1.033": "protocol kits"}),
+        ("nnunet", {"0.42": "INSTANCE 2022"}),  # it has no surface Dice
+    ],
+)
+def test_the_curve_marks_the_tolerance_of_the_protocol(protocol: str, marks: dict[str, str]) -> None:
+    tolerances_mm = curve_tolerances(PROTOCOLS[protocol])
+    assert list(tolerances_mm) == sorted({*TOLERANCES_MM, PROTOCOLS[protocol].tolerance_mm})
+    text = render_curve(mean_curve([(0.5,) * len(tolerances_mm)], tolerances_mm), PROTOCOLS[protocol])
+    cells = [line.split(maxsplit=3) for line in text.splitlines()[1:]]
+    assert {line[0]: line[3] for line in cells if len(line) == 4} == marks
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_matrix_takes_the_tolerance_of_the_protocol_and_says_it() -> None:
+    assert matrix_metrics(PROTOCOLS["instance2022"]) == ("dice", "nsd@0.42", "hd", "hd95", "assd")
+    assert matrix_metrics(PROTOCOLS["kits"]) == ("dice", "nsd@1.033", "hd", "hd95", "assd")
+    asked = ("nsd@2.0", "lesion_f1@10", "hd@90", "nsd", "hd", "nsd@1.033", "rvd")
+    assert matrix_metrics(PROTOCOLS["kits"], asked) == ("nsd@2.0", "nsd@1.033", "hd")
+    with pytest.raises(InputError, match="--definitions compares dice, nsd, hd, hd95, assd and nsd@TOLERANCE; none of them"):
+        matrix_metrics(PROTOCOLS["kits"], ("rvd", "hd@90"))
+    pair = random_pair(3)
+    values = pair_definitions(*pair, SPACING, matrix_metrics(PROTOCOLS["kits"]))
+    assert values["nsd@1.033", "surfels_area"] == score_masks(*pair, SPACING, "kits")["nsd"]
+    assert values["nsd@1.033", "surfels_area"] > pair_definitions(*pair, SPACING)["nsd", "surfels_area"]
+
+
+def test_a_matrix_without_a_case_with_both_masks_has_no_nan() -> None:
+    full, empty = random_pair(1)[0], np.zeros((6, 20, 24), bool)
+    for cases in ([(full, empty)], [(empty, empty)], [(full, empty), (empty, full), (empty, empty)]):
+        text = render_matrix(definition_matrix((*case, SPACING) for case in cases))
+        assert "nan" not in text
+        assert "hd95: undefined (no case with both masks)" in text
+    assert "hd95: the definition" in render_matrix(definition_matrix([(full, empty, SPACING), (full, full, SPACING)]))
 
 
 # --- how much the definition matters -------------------------------------------------------------------------------------------------

@@ -290,6 +290,19 @@ def test_voxels_of_a_sheared_grid_are_smaller_than_their_edges_say(tmp_path: Pat
     assert {"ml": pytest.approx(0.045)} in [one.evidence for one in odd if one.kind == "implausible_volume"]
 
 
+def test_a_fourth_axis_of_one_voxel_is_none(tmp_path: Path) -> None:
+    """As the README says: (x, y, z, 1) is (x, y, z), on either side; two volumes are refused."""
+    reference, predicted = masks_ijk(2)
+    files = [save(tmp_path / f"{name}.nii.gz", mask) for name, mask in (("r", reference), ("p", predicted))]
+    deep = [save(tmp_path / "deep" / f"{name}.nii.gz", mask[..., None]) for name, mask in (("r", reference), ("p", predicted))]
+    expected = score_files(*files)
+    for pair in (deep, (files[0], deep[1]), (deep[0], files[1])):
+        assert score_files(*pair) == expected
+    two = save(tmp_path / "two.nii.gz", np.stack([predicted, predicted], axis=-1))
+    with pytest.raises(InputError, match=r"two\.nii\.gz: has 4 dimensions"):
+        score_files(files[0], two)
+
+
 def test_labels_present(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{n}.nii.gz", np.full((2, 2, 2), n)) for n in (0, 3, 7)]
     assert labels_present(paths) == labels_present(paths, workers=2) == {"background": 0, "3": 3, "7": 7}

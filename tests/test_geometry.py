@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from ichbench.cases.case import Grid
-from ichbench.cases.images import read_image, read_labels
+from ichbench.cases.images import case_order, read_image, read_labels
 from ichbench.errors import InputError
 from ichbench.scoring import PROTOCOLS, Pair, score_files, score_folder
 from ichbench.scoring.geometry import agree, onto_reference, same_voxels
@@ -195,3 +195,39 @@ def test_an_image_lies_on_the_reference_too(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"reference and image differ in shape .*give the image that the masks were drawn on"):
         score_pair((settings, Pair("c", *files, image=short)))
     assert score_pair((replace(settings, anomalies=False), Pair("c", *files, image=short))).rows  # nobody looks at it
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_the_slice_axis_of_the_checks_is_that_of_the_scan(tmp_path: Path, order: tuple[int, int, int]) -> None:
+    """The same scan in every order of the file's axes: a circle on axial slice 3, a bleed from end to end, air open to the top.
+
+    The scores are those of the file's order either way, whatever the checks look at.
+    """
+    x, y, z = np.ogrid[:60, :50, :10]
+    column = ((x - 20) ** 2 + (y - 25) ** 2 < 20) & (z < 99)
+    ring = np.zeros((60, 50, 10), dtype=bool)
+    ring[28:54, 8:42, 3] = True
+    ring[29:53, 9:41, 3] = False
+    image = np.where((abs(x - 30) < 28) & (abs(y - 25) < 23) & (z < 99), 200, 0)
+    image[18:23, 23:28] = 0  # a shaft of air from the first slice to the last: the head's in every slice, and not from the side
+    affine = np.diag([-2.0, -2.0, 5.0, 1.0])
+    parts = {"r": column & (z > 2) & (z < 7), "p": column | ring, "i": image}
+    files = {name: save(tmp_path / f"{name}.nii.gz", *turned(part, affine, order, (False,) * 3)) for name, part in parts.items()}
+    settings = Settings(PROTOCOLS["instance2022"], anomalies=True)
+    pair = Pair("c", files["r"], files["p"], image=files["i"])
+    found = score_pair((settings, pair))
+    assert [one.kind for one in found.anomalies] == ["guard_blob", "touches_end_slice"]
+    assert found.anomalies[0].evidence["slice"] == 3
+    assert found.anomalies[0].evidence["voxels"] == ring.sum()
+    assert found.anomalies[1].evidence == {"z_first": column[:, :, 0].sum(), "z_last": column[:, :, 0].sum()}
+    assert found.rows == score_pair((replace(settings, anomalies=False), pair)).rows
+    # upside down, beside a bleed that is nearer to one end: named by the axis that runs from bottom to top
+    low, high = (column & (z >= first) & (z < first + 3) for first in (1, 6))
+    ends = [save(tmp_path / f"{name}.nii.gz", *turned(part, affine, order, (False,) * 3)) for name, part in (("low", low), ("high", high))]
+    (flip,) = score_pair((settings, Pair("c", *ends))).anomalies
+    assert "with z (top-bottom) reversed" in flip.text
+    # and that order is the one in which the project reads a scan
+    file_order, grid = read_labels(files["p"], keep_file_order=True)
+    working, working_grid = read_labels(files["p"])
+    assert np.array_equal(file_order.transpose(case_order(grid)), working)
+    assert case_order(working_grid) == case_order(Grid((3, 4, 5), np.eye(4))) == (0, 1, 2)

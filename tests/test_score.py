@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 from ichbench.errors import InputError
 from ichbench.scoring import METRICS, PROTOCOLS, Score, rows_for_case, score_masks
-from ichbench.scoring.score import FORMULAS
+from ichbench.scoring.score import FORMULAS, check_metrics
 from ichbench.scoring.surface import assd, hausdorff, surface_record
 
 SPACING = (5.0, 0.45, 0.45)
@@ -172,6 +172,26 @@ def test_other_metrics_and_parameters() -> None:
             score_masks(reference, predicted, SPACING, metrics=(wrong,))
 
 
+def test_a_bare_boundary_iou_looks_two_percent_of_the_diagonal_away() -> None:
+    """Boxes one in the other, in a volume of 30 x 100 x 75 mm: 2 % of its 128.5 mm are 2.57, so that rims are two voxels wide."""
+    outer, inner = np.zeros((2, 3, 100, 75), dtype=bool)
+    outer[1, 20:60, 20:60] = inner[1, 21:59, 21:59] = True
+    keys = ("boundary_iou", "boundary_iou@2", "boundary_iou@2.57", "boundary_iou@1.9", "boundary_iou@3", "iou")
+    bare, at_two, exact, less, more, iou = score_masks(outer, inner, (10, 1, 1), metrics=keys).values()
+    # of rims of 304 and 288 voxels, the ring of 38 x 38 voxels is in both
+    assert bare == at_two == exact == 148 / (304 + 288 - 148)
+    assert 0 == less < bare < more < iou
+
+
+def test_names_of_metrics_are_cleaned() -> None:
+    assert check_metrics([" dice", "nsd@1.0 ", "dice"]) == ("dice", "nsd@1.0")
+    for nothing in ([""], [" "], ["", " "]):
+        with pytest.raises(InputError, match=r"^no metric was given; choose from dice, nsd"):
+            check_metrics(nothing)
+    with pytest.raises(InputError, match="there is no metric ''"):
+        check_metrics(["dice", ""])
+
+
 def test_wrong_pairs_are_refused() -> None:
     mask = box_mask()
     with pytest.raises(InputError, match=r"\(8, 20, 20\).*\(7, 20, 20\)"):
@@ -264,12 +284,14 @@ def test_distances_are_summed_in_the_order_of_the_file() -> None:
 
 
 def test_undeclared_labels_and_shapes_name_the_case() -> None:
-    with pytest.raises(InputError, match=r"case 017: the prediction contains the label\(s\) \[3\]"):
+    with pytest.raises(InputError, match=r"^case 017: the prediction contains the label\(s\) \[3\]"):
         rows_for_case("a", "-", "-", "017", box_mask(), 3 * box_mask(), SPACING, labels={"clot": 1})
-    with pytest.raises(InputError, match=r"case 017.*\(8, 20, 20\).*\(8, 20, 19\)"):
+    with pytest.raises(InputError, match=r"^case 017: the reference has shape \(8, 20, 20\).*\(8, 20, 19\)"):
         rows_for_case("a", "-", "-", "017", box_mask(), box_mask()[..., 1:], SPACING)
-    with pytest.raises(InputError, match=r"case 017: the reference contains the value 0\.5"):
+    with pytest.raises(InputError, match=r"^case 017: the reference contains the value 0\.5"):
         rows_for_case("a", "-", "-", "017", box_mask() * 0.5, None, SPACING)
+    with pytest.raises(InputError, match=r"^case 017: the prediction contains the value 0\.5"):
+        rows_for_case("a", "-", "-", "017", box_mask(), box_mask() * 0.5, SPACING)
 
 
 def test_a_sheared_voxel_has_one_volume_everywhere() -> None:
@@ -295,10 +317,12 @@ def test_a_prediction_may_say_ignore_only_where_the_reference_does() -> None:
     reference[0, 0, :3] = (1, 2, 3)
     labels = {"background": 0, "x": 1, "y": 2, "ignore": 3}
     rows = rows_for_case("a", "-", "-", "c", reference, reference, SPACING, "strict", labels)
-    assert {row.value for row in rows if row.metric.startswith("dice")} == {1.0}
+    assert {row.metric: row.value for row in rows if row.metric.startswith("dice")} == {"dice": 1.0, "dice/1": 1.0, "dice/2": 1.0}
+    one = rows_for_case("a", "-", "-", "c", np.minimum(reference, 1), None, SPACING, "strict", {"background": 0, "x": 1, "ignore": 3})
+    assert not any("/" in row.metric for row in one)  # beside "ignore" there is one label, which is the foreground
     predicted = reference.copy()
     predicted[1, 1, 1] = 3
-    with pytest.raises(InputError, match="only references may say ignore"):
+    with pytest.raises(InputError, match=r"^case c: the prediction contains the label 3 \(ignore\).*only references may say ignore"):
         rows_for_case("a", "-", "-", "c", reference, predicted, SPACING, "strict", labels)
 
 

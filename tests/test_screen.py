@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_score import SPACING, box_mask
 
-from ichbench.scoring import PROTOCOLS
+from ichbench.scoring import PROTOCOLS, Pair
 from ichbench.scoring.folders import score_each
 from ichbench.scoring.pairs import Scored, Settings
 from ichbench.scoring.screen import Progress, _number, score_text, warnings_of
@@ -96,6 +96,22 @@ def test_notes_of_the_reader_are_shown_once() -> None:
     notes = tuple(f"note {n}" for n in range(7))
     every = [Scored(hit.case, None, None, hit.rows, {}, notes), Scored("other", None, None, (), {}, notes[:2])]
     assert warnings_of(every, []) == [*notes[:5], "and 2 more like these"]
+
+
+def test_images_without_a_head_are_one_warning() -> None:
+    """Labels given as the CTs, and an image of zeros: the check of the head had nothing to check."""
+    box = box_mask((20, 60, 60))
+    head = np.full((20, 60, 60), -1000)
+    head[:, 5:55, 5:55] = 40
+    images = {"a": head, "b": box.astype(np.int16), "c": 0 * head, "d": None}
+    pairs = [Pair(name, box, box, (5.0, 2.0, 2.0), image) for name, image in images.items()]
+    every = list(score_each(pairs, Settings(PROTOCOLS["instance2022"], anomalies=True)))
+    assert warnings_of(every, [], ["d"]) == [
+        "1 of 4 cases have no image, so nothing is said about their head: d",
+        "no head was found in the image of 2 of 4 cases (first: b): voxels outside the head were not looked for there. "
+        "Check that these are CTs in HU",
+    ]
+    assert warnings_of(every[:1], []) == []
 
 
 @pytest.mark.parametrize(("total", "lines"), [(1, 0), (19, 0), (20, 10), (105, 10), (10_000, 10)])

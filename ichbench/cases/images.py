@@ -44,6 +44,7 @@ def read_image(path: Path, keep_file_order: bool = False) -> tuple[NDArray[np.fl
     """The voxels (z, y, x) of one NIfTI volume with its scale and offset applied (HU for CT), and its grid.
 
     `keep_file_order` takes the file's axes reversed, (k, j, i), whatever they point at, as nnU-Net does.
+    Axes after the third that have one voxel are dropped, without a word: (x, y, z, 1) is read as (x, y, z).
     Raises `InputError` for a file that is missing, damaged, not NIfTI, not 3D, too large, or has voxels that are not finite.
     """
     raw_zyx, header, grid = _read(Path(path), keep_file_order)
@@ -87,6 +88,14 @@ def read_grid(path: Path, keep_file_order: bool = False) -> Grid:
     with BoundedReader(Path(path)) as reader:
         header, _ = read_header(reader)
     return _grid_of(header, shape_ijk_of(Path(path), header), keep_file_order, Path(path))
+
+
+def case_order(grid: Grid) -> tuple[int, int, int]:
+    """How to transpose an array that was read with `keep_file_order`, so that its axes are (z, y, x): the slice axis first."""
+    if grid.header is None:
+        return 0, 1, 2
+    z, y, x = _file_axes(geometry_of(parse_header(grid.header)))
+    return grid.file_axes.index(z), grid.file_axes.index(y), grid.file_axes.index(x)
 
 
 def write_labels(path: Path, labels_zyx: NDArray[np.integer] | NDArray[np.bool_], grid: Grid) -> None:

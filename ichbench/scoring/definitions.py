@@ -4,6 +4,8 @@ Every tool prints a "surface Dice" and an "HD95". At the voxels of a head CT (0.
 up to ten points of NSD (facts, C4), which is more than most published gains. The definition matrix puts them side by
 side: one value per metric and definition, minus the official one of INSTANCE 2022.
 
+The tolerance is the protocol's, and every key says it (`nsd@0.42`); what is official stays INSTANCE 2022 under any protocol.
+
 The tolerance matters as much. At 0.42 mm a shift by one voxel scores 1.00 where voxels are 0.42 mm wide and about 0.90
 where they are 0.43 mm, so a curve over the tolerance says more than its one point.
 """
@@ -20,13 +22,15 @@ from numpy.typing import NDArray
 
 from ichbench.errors import InputError
 from ichbench.scoring import edges, overlap, surface
-from ichbench.scoring.protocol import PROTOCOLS, split_metric
+from ichbench.scoring.protocol import PROTOCOLS, Protocol, split_metric
 from ichbench.scoring.score import Measured, measure, score_measured
 
 #: The protocol whose numbers are the official ones.
 OFFICIAL = "instance2022"
 #: What the matrix compares; `nsd@1.0` is another tolerance.
 MATRIX_METRICS = ("dice", "nsd", "hd", "hd95", "assd")
+#: The first line of the table.
+HEADING = "official: the formulas of INSTANCE 2022, under every protocol; hd95 and assd, which it lacks, from the same surfaces"
 #: Tolerances of the curve in mm, dense about the official 0.42 mm and the common in-plane voxel edges.
 TOLERANCES_MM = (0.1, 0.2, 0.3, 0.4, 0.42, 0.43, 0.45, 0.488, 0.5, 0.6, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 
@@ -105,8 +109,24 @@ def pair_definitions(
     return measured_definitions(measure(reference_zyx, predicted_zyx, spacing_zyx_mm, OFFICIAL), metrics)
 
 
+def matrix_metrics(protocol: Protocol, asked: Sequence[str] | None = None) -> tuple[str, ...]:
+    """What the matrix compares under a protocol: `MATRIX_METRICS`, or those among the metrics `asked` for that it knows.
+
+    A bare `nsd` becomes `nsd@TOLERANCE`, the protocol's. InputError where none of `asked` is in the matrix.
+    """
+    known = [key for key in (MATRIX_METRICS if asked is None else asked) if _in_matrix(key)]
+    if not known:
+        raise InputError(f"--definitions compares {', '.join(MATRIX_METRICS)} and nsd@TOLERANCE; none of them is among the metrics given")
+    return tuple(dict.fromkeys(f"nsd@{protocol.tolerance_mm!r}" if key == "nsd" else key for key in known))
+
+
+def curve_tolerances(protocol: Protocol) -> tuple[float, ...]:
+    """`TOLERANCES_MM`, and the protocol's own among them."""
+    return tuple(sorted({*TOLERANCES_MM, protocol.tolerance_mm}))
+
+
 def measured_definitions(pair: Measured, metrics: Sequence[str] = MATRIX_METRICS) -> dict[tuple[str, str], float]:
-    """`pair_definitions` of a pair that has been measured already, under the official protocol."""
+    """`pair_definitions` of a pair that has been measured already; a bare `nsd` is at the official tolerance."""
     wanted = {key: _tolerance_mm(key) for key in metrics}
     official = score_measured(pair, tuple(wanted))
     filled = pair.counts.reference > 0 and pair.counts.predicted > 0
@@ -168,7 +188,10 @@ def fold_definitions(cases: Iterable[Mapping[tuple[str, str], float]]) -> tuple[
 
 
 def render_matrix(rows: Sequence[MatrixRow]) -> str:
-    """The matrix as plain text: a table, and under it what the choice of definition alone does to each metric."""
+    """The matrix as plain text: a table, and under it what the choice of definition alone does to each metric.
+
+    Where no case has a number (a distance, when no case has both masks) it says "undefined".
+    """
     if not rows:
         return "no cases\n"
     first = {row.metric: row for row in reversed(rows)}
@@ -179,15 +202,18 @@ def render_matrix(rows: Sequence[MatrixRow]) -> str:
             (
                 row.metric if official else "",
                 row.definition,
-                f"{row.mean:.4f}",
+                _plain(row.mean),
                 "official" if official else _signed(row.difference),
                 "" if official else _signed(row.largest),
                 f"{row.finite}/{row.cases}",
                 row.tools,
             )
         )
-    moves = [f"{metric}: the definition alone moves the mean by {row.spread:.4f}{_unit(metric)}" for metric, row in reversed(first.items())]
-    return _table(cells, right=(2, 3, 4, 5)) + "\n" + "\n".join(moves) + "\n"
+    moves = []
+    for metric, row in reversed(first.items()):
+        moved = f"the definition alone moves the mean by {row.spread:.4f}{_unit(metric)}"
+        moves.append(f"{metric}: {'undefined (no case with both masks)' if math.isnan(row.spread) else moved}")
+    return HEADING + "\n" + _table(cells, right=(2, 3, 4, 5)) + "\n" + "\n".join(moves) + "\n"
 
 
 def tolerance_curve(record: surface.SurfaceDistances, tolerances_mm: Sequence[float] = TOLERANCES_MM) -> tuple[float, ...]:
@@ -212,13 +238,16 @@ def mean_curve(curves: Iterable[Sequence[float]], tolerances_mm: Sequence[float]
     return tuple(points)
 
 
-def render_curve(points: Sequence[CurvePoint]) -> str:
-    """The mean curve as plain text, the official tolerance marked."""
-    official_mm = PROTOCOLS[OFFICIAL].tolerance_mm
-    cells = [("tolerance mm", "NSD", "finite", "")]
+def render_curve(points: Sequence[CurvePoint], protocol: Protocol = PROTOCOLS[OFFICIAL]) -> str:
+    """The mean curve as plain text, with the tolerances of INSTANCE 2022 and of the protocol marked."""
+    # a protocol without a surface Dice has a tolerance too, for whoever asks for one, but none to speak of
+    own = protocol.name != OFFICIAL and not {"nsd", "nsd_voxels", "nsd_fractions"}.isdisjoint(protocol.metrics)
+    cells = [("tolerance mm", "NSD as INSTANCE 2022", "finite", "")]
     for point in points:
-        mark = "official" if point.tolerance_mm == official_mm else ""
-        cells.append((f"{point.tolerance_mm:g}", f"{point.mean:.4f}", f"{point.finite}/{point.cases}", mark))
+        marks = ["INSTANCE 2022"] if point.tolerance_mm == PROTOCOLS[OFFICIAL].tolerance_mm else []
+        if own and point.tolerance_mm == protocol.tolerance_mm:
+            marks.append(f"protocol {protocol.name}")
+        cells.append((f"{point.tolerance_mm:g}", _plain(point.mean), f"{point.finite}/{point.cases}", ", ".join(marks)))
     return _table(cells, right=(0, 1, 2))
 
 
@@ -227,11 +256,16 @@ def _of(key: str) -> list[Definition]:
     return [definition for definition in DEFINITIONS if definition.metric == name]
 
 
+def _in_matrix(key: str) -> bool:
+    name, parameter = split_metric(key)
+    return name in MATRIX_METRICS and (parameter is None or name == "nsd")
+
+
 def _tolerance_mm(key: str) -> float:
     """The tolerance behind a metric of the matrix. InputError for a metric that is not in it."""
-    name, parameter = split_metric(key)
-    if name not in MATRIX_METRICS or (parameter is not None and name != "nsd"):
+    if not _in_matrix(key):
         raise InputError(f"{key!r} is not in the definition matrix; choose from {', '.join(MATRIX_METRICS)} and nsd@TOLERANCE")
+    parameter = split_metric(key)[1]
     return PROTOCOLS[OFFICIAL].tolerance_mm if parameter is None else parameter
 
 
@@ -249,9 +283,15 @@ def _unit(metric: str) -> str:
     return "" if split_metric(metric)[0] in ("dice", "nsd") else " mm"
 
 
+def _plain(value: float) -> str:
+    return "undefined" if math.isnan(value) else f"{value:.4f}"
+
+
 def _signed(difference: float) -> str:
     """Four places, but never a zero for a difference that is there (smoothing moves Dice by 1e-9)."""
-    return f"{difference:+.4f}" if difference == 0 or abs(difference) >= 5e-5 or math.isnan(difference) else f"{difference:+.0e}"
+    if math.isnan(difference):
+        return "undefined"
+    return f"{difference:+.4f}" if difference == 0 or abs(difference) >= 5e-5 else f"{difference:+.0e}"
 
 
 def _table(cells: Sequence[Sequence[str]], right: Sequence[int]) -> str:

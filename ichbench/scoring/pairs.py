@@ -30,7 +30,9 @@ class Settings:
 
     label_map      value in a reference file -> value to use
     count_voxels   also fill `Scored.voxels`
-    definitions    also fill `Scored.definitions`; curve, anomalies: likewise (only anomalies look at a pair's image)
+    definitions    metrics of `definitions.matrix_metrics` to fill `Scored.definitions` with; none unless asked for
+    curve          tolerances in mm to fill `Scored.curve` at, likewise
+    anomalies      also fill `Scored.anomalies` (only they look at a pair's image)
     """
 
     protocol: Protocol
@@ -41,8 +43,8 @@ class Settings:
     label_map: Mapping[int, int] | None = None
     reorient: bool = False
     count_voxels: bool = False
-    definitions: bool = False
-    curve: bool = False
+    definitions: tuple[str, ...] = ()
+    curve: tuple[float, ...] = ()
     anomalies: bool = False
 
 
@@ -62,7 +64,7 @@ class Scored:
 
     voxels        by row suffix (`layouts.regions_of`), "" for the whole foreground where no labels are declared; empty unless asked for
     definitions   values of `definitions.pair_definitions` for the whole foreground; empty unless asked for
-    curve         NSD at `definitions.TOLERANCES_MM`, likewise
+    curve         NSD at the tolerances asked for, likewise
     anomalies     what is odd about the prediction, likewise
     """
 
@@ -78,7 +80,10 @@ class Scored:
 
 
 class _Masks(NamedTuple):
-    """Labels on one grid; `predicted` is None for a missing prediction."""
+    """Labels on one grid, in the order of the file's axes reversed; `predicted` is None for a missing prediction.
+
+    case_order   how to transpose them so that axis 0 is the slice axis (`images.case_order`)
+    """
 
     reference: Any
     predicted: Any | None
@@ -86,6 +91,7 @@ class _Masks(NamedTuple):
     voxel_ml: float | None
     axis_codes_zyx: str = "SPL"
     image_hu: Any | None = None
+    case_order: tuple[int, int, int] = (0, 1, 2)
 
 
 def score_pair(task: tuple[Settings, Pair]) -> Scored:
@@ -139,7 +145,7 @@ def as_pair(given: Pair | tuple[Any, ...]) -> Pair:
 def _read(pair: Pair, settings: Settings) -> _Masks:
     if not isinstance(pair.reference, Path):
         return _Masks(pair.reference, pair.prediction, pair.spacing_zyx_mm or (), None, image_hu=pair.image)
-    from ichbench.cases.images import read_image, read_labels
+    from ichbench.cases.images import case_order, read_image, read_labels
 
     reference, grid = read_labels(pair.reference, keep_file_order=True)
     predicted = image = None
@@ -148,7 +154,8 @@ def _read(pair: Pair, settings: Settings) -> _Masks:
     if pair.image is not None and settings.anomalies:
         image = onto_reference(*read_image(pair.image, keep_file_order=True), grid, settings.reorient, "image")
     # the voxels of a sheared grid are smaller than the product of the spacings
-    return _Masks(reference, predicted, grid.spacing_zyx_mm, None if grid.is_regular else grid.voxel_ml, grid.axis_codes_zyx, image)
+    voxel_ml = None if grid.is_regular else grid.voxel_ml
+    return _Masks(reference, predicted, grid.spacing_zyx_mm, voxel_ml, grid.axis_codes_zyx, image, case_order(grid))
 
 
 def _mapped(labels_zyx: Any, label_map: Mapping[int, int]) -> Any:
@@ -202,11 +209,16 @@ def _beside(
     odd: tuple[Anomaly, ...] = ()
     if settings.anomalies:
         hd_mm = next((row.value for row in rows if row.metric == "hd"), None)
-        known: dict[str, Any] = {"hd_mm": hd_mm, "axis_codes_zyx": masks.axis_codes_zyx, "voxel_ml": masks.voxel_ml}
-        odd = find_anomalies(own.T, other.T, masks.spacing_zyx_mm, masks.image_hu, **known)
+        # the checks tell slices from rows and columns, which the order of the file's axes does not
+        order = masks.case_order
+        image = None if masks.image_hu is None else masks.image_hu.transpose(order)
+        sides = (own.T.transpose(order), other.T.transpose(order), [masks.spacing_zyx_mm[axis] for axis in order])
+        codes = "".join(masks.axis_codes_zyx[axis] for axis in order)
+        known: dict[str, Any] = {"hd_mm": hd_mm, "axis_codes_zyx": codes, "voxel_ml": masks.voxel_ml}
+        odd = find_anomalies(*sides, image, **known)
     pair = measure(own, other, spacing, OFFICIAL)
-    curve = tolerance_curve(pair.surfaces) if settings.curve else ()
-    return measured_definitions(pair) if settings.definitions else {}, curve, odd
+    curve = tolerance_curve(pair.surfaces, settings.curve) if settings.curve else ()
+    return measured_definitions(pair, settings.definitions) if settings.definitions else {}, curve, odd
 
 
 def _voxels(labels: Labels | None, masks: _Masks) -> dict[str, Voxels]:

@@ -95,6 +95,11 @@ def warnings_of(every: Sequence[Scored], extra: Sequence[str], imageless: Sequen
     for scored in every:
         for anomaly in scored.anomalies:
             odd.setdefault(anomaly.kind, []).append((scored.case, anomaly.text))
+    if headless := [case for case, _ in odd.pop("no_head", [])]:
+        found.append(
+            f"no head was found in the image of {len(headless)} of {len(every)} cases (first: {headless[0]}): "
+            "voxels outside the head were not looked for there. Check that these are CTs in HU"
+        )
     for kind, ones in odd.items():
         names = "" if len(every) == 1 else f" in {len(ones)} of {len(every)} cases ({_some([case for case, _ in ones])}), in the first"
         found.append(f"{kind}{names}: {ones[0][1]}")
