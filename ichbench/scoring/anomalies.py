@@ -227,7 +227,7 @@ def speck_far(checked: Checked) -> Finding | None:
         return None
     size = f"{far.sum()} far speck(s) ({gone.sum()} voxel(s))"
     if far.sum() > NOISE_SPECKS:
-        text = f"{size} are strewn over the volume: this is noise, for which the Hausdorff distance is {before_mm:.1f} instead of "
+        text = f"{size} are strewn over the volume: this is noise, because of which the Hausdorff distance is {before_mm:.1f} instead of "
         text += f"{after_mm:.1f} mm. Look at the probabilities and at the threshold"
     else:
         text = f"removing {size} would lower the Hausdorff distance from {before_mm:.1f} to {after_mm:.1f} mm. "
