@@ -185,6 +185,7 @@ def table(groups: dict[str, list[dict[str, float]]], names: list[str]) -> list[s
         "n",
         *(f"{name}, ms" for name in names),
         *(f"times faster than {name}" for name in peers),
+        *(f"geometric mean of the pairs, {name}" for name in peers),
         *(f"least, {name}" for name in peers),
     ]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
@@ -192,8 +193,15 @@ def table(groups: dict[str, list[dict[str, float]]], names: list[str]) -> list[s
     for group, rows in [*groups.items(), ("all", every)]:
         means = {name: float(np.mean([row[name] for row in rows])) for name in names}
         ratios = [means[name] / means[names[0]] for name in peers]
-        lowest = [min(row[name] / row[names[0]] for row in rows) for name in peers]
-        cells = [group, str(len(rows)), *(f"{1000 * means[name]:.1f}" for name in names), *(f"{value:.0f}" for value in (*ratios, *lowest))]
+        each = [[row[name] / row[names[0]] for row in rows] for name in peers]
+        typical = [math.exp(float(np.mean(np.log(one)))) for one in each]
+        lowest = [min(one) for one in each]
+        cells = [
+            group,
+            str(len(rows)),
+            *(f"{1000 * means[name]:.1f}" for name in names),
+            *(f"{value:.0f}" for value in (*ratios, *typical, *lowest)),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
