@@ -167,10 +167,7 @@ def _tables(model: ModelFolder, dataset_name: str | None) -> _Tables:
         )
     theirs = model.about.get("nnunet")
     if isinstance(theirs, dict):
-        # as nnU-Net wrote them, with every entry that we do not know
-        plans, dataset = dict(theirs["plans"]), dict(theirs["dataset"])
-        plans["dataset_name"] = dataset_name or plans["dataset_name"]
-        return _Tables(plans, dataset, theirs["trainer"], theirs["configuration"])
+        return _their_tables(theirs, dataset_name, model.folder / "model.json")
     cohort = str(model.about.get("cohort", model.about.get("arm", "model")))
     if dataset_name is None:
         dataset_name = (
@@ -184,6 +181,17 @@ def _tables(model: ModelFolder, dataset_name: str | None) -> _Tables:
     dataset = {"channel_names": {str(index): name for index, name in enumerate(plan.channels)}}
     dataset |= declared(model.rules) | {"numTraining": model.about.get("n_training", 0), "file_ending": ".nii.gz"}
     return _Tables(plans, dataset, TRAINER, plan.configuration)
+
+
+def _their_tables(theirs: dict[str, Any], dataset_name: str | None, source: Path) -> _Tables:
+    """What an import kept: as nnU-Net wrote it, with every entry that we do not know; names that it lacks are put in."""
+    for key, kind in {"plans": dict, "dataset": dict, "trainer": str, "configuration": str}.items():
+        if not isinstance(theirs.get(key), kind):
+            raise InputError(f"{source}: its entry nnunet.{key} is missing or damaged; import the model again")
+    plans = dict(theirs["plans"])
+    plans["dataset_name"] = str(dataset_name or plans.get("dataset_name") or "Dataset999_model")
+    plans["plans_name"] = str(plans.get("plans_name") or "nnUNetPlans")
+    return _Tables(plans, dict(theirs["dataset"]), theirs["trainer"], theirs["configuration"])
 
 
 def _resolved(model: ModelFolder) -> Plan:
