@@ -179,3 +179,12 @@ def test_json_that_nests_without_end(tmp_path: Path, name: str) -> None:
     (folder / name).write_text("[" * 200_000)
     with pytest.raises(InputError, match="not a model folder"):
         read_model(folder)
+
+
+def test_a_plan_that_claims_a_huge_network_allocates_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path / "model", small_plan())
+    table = json.loads((folder / "plan.json").read_text()) | {"features": [14_000] * 3}
+    (folder / "plan.json").write_text(json.dumps(table))
+    monkeypatch.setattr("ichbench.inference.model.make_unet", lambda *_: pytest.fail("the network was allocated"))
+    with pytest.raises(InputError, match="fewer bytes than the plan's network has weights"):
+        load_model(folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ichbench.cases.case import Case, Grid
@@ -25,11 +26,11 @@ from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import InputError
 from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
-from ichbench.network.unet import make_unet
+from ichbench.network.unet import UNet, check_topology, make_unet
 from ichbench.network.weights import load_weights
 from ichbench.prepare.normalize import NORMALIZERS
 from ichbench.prepare.plan import Plan
-from ichbench.recipe import PrepareRecipe, Recipe
+from ichbench.recipe import NetworkRecipe, PrepareRecipe, Recipe
 
 SUFFIXES = (".nii.gz", ".nii")
 #: intensities are computed in single precision
@@ -107,6 +108,7 @@ def load_model(folder: Path, device: str = "cpu") -> Model:
     found = read_model(folder)
     networks, topology = [], network_plan(found.plan, found.rules)
     for path in found.weights(found.recipe.inference.checkpoint).values():
+        _check_size(topology, found.recipe.network, path)
         network = make_unet(topology, found.recipe.network)
         load_weights(network, path)
         networks.append(network.to(device).eval())
@@ -125,6 +127,17 @@ def load_model(folder: Path, device: str = "cpu") -> Model:
         postprocessing=postprocessing,
     )
     return Model(tools, found.axes_zyx, found.channel_names)
+
+
+def _check_size(plan: Plan, recipe: NetworkRecipe, weights: Path) -> None:
+    """A damaged plan may claim any network; none is allocated that the file of its weights cannot fill."""
+    check_topology(plan)
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in UNet(plan, recipe).parameters())
+    if not weights.is_file():
+        raise InputError(f"cannot read the weights {weights}: there is no such file; train or import the model again")
+    if needed > weights.stat().st_size:
+        raise InputError(f"{weights}: has fewer bytes than the plan's network has weights ({needed:,}); they belong to another network")
 
 
 def check_intensities(plan: Plan, source: str) -> None:
