@@ -89,6 +89,16 @@ def test_plans_without_names_get_nnunets_own(tmp_path: Path) -> None:
         export_nnunet(imported, tmp_path / "third")
 
 
+def test_plans_that_nest_too_deeply_for_a_checkpoint(tmp_path: Path) -> None:
+    results = write_results(tmp_path, small_plan())
+    text = (results / "plans.json").read_text().rstrip().removesuffix("}")
+    (results / "plans.json").write_text(f'{text}, "more": {"[" * 600}{"]" * 600}}}')
+    imported = import_nnunet(results, tmp_path / "imported").folder
+    with pytest.raises(InputError, match="nests its entries too deeply"):
+        export_nnunet(imported, tmp_path / "again")
+    assert not list((tmp_path / "again").glob("*/*"))
+
+
 @pytest.mark.parametrize(("mirror", "axes"), [(True, (0, 1, 2)), (False, None), ([0, 2], (0, 2))])
 def test_mirror_axes(tmp_path: Path, mirror: Any, axes: Any) -> None:
     model = write_model(tmp_path / "model", small_plan(), overlay={"inference": {"mirror": mirror}})

@@ -13,6 +13,8 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
     images: tuple[Path, ...] = ()
     notes = list(_notes(first))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch, _not_too_deep(model):
         made = Path(scratch) / "model"
         made.mkdir()
         write_atomically(made / "plans.json", plans_text(tables.plans).encode())
@@ -105,6 +107,17 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
             images = tuple(prepared / name for name in names)
         made.rename(target)
     return Exported(target, {fold: name for fold, (name, _, _) in folds.items()}, images, tuple(dict.fromkeys(notes)))
+
+
+@contextmanager
+def _not_too_deep(model: Path) -> Iterator[None]:
+    """JSON may nest deeper than a checkpoint can."""
+    try:
+        yield
+    except RecursionError:
+        raise InputError(
+            f"{model}: its model.json or plan.json nests its entries too deeply to be written again; get the original"
+        ) from None
 
 
 def find_members(model: Path) -> list[tuple[str, ModelFolder]]:
