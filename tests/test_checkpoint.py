@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from ichbench.errors import InputError
-from ichbench.network.checkpoint import SCALARS, read_checkpoint
+from ichbench.network.checkpoint import MOST_BYTES, SCALARS, read_checkpoint
 
 
 def benign() -> dict[str, Any]:
@@ -227,3 +228,49 @@ def test_a_missing_file(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "none.pth")
     with pytest.raises(InputError, match="cannot read"):
         read_checkpoint(tmp_path)
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    """A pipe would be waited for, /dev/zero read until the memory is full; the child process bounds both."""
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "zero.pth").symlink_to("/dev/zero")
+    (tmp_path / "link.pth").symlink_to(tmp_path / "real.pth")
+    torch.save({"x": 1}, tmp_path / "real.pth")
+    assert read_checkpoint(tmp_path / "link.pth") == {"x": 1}
+    code = f"""
+from pathlib import Path
+from ichbench.errors import InputError
+from ichbench.network.checkpoint import read_checkpoint
+for name in ("pipe", "zero"):
+    try:
+        read_checkpoint(Path({str(tmp_path)!r}) / f"{{name}}.pth")
+    except InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("it is no file") == 2
+
+
+def test_a_file_beyond_any_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    path.touch()
+    os.truncate(path, MOST_BYTES + 1)
+    with pytest.raises(InputError, match="at most 17,179,869,184 are read"):
+        read_checkpoint(path)
+
+
+def test_entries_that_share_their_bytes(tmp_path: Path) -> None:
+    """A directory that names one entry a hundred times makes a hundred times the memory of one file."""
+    path = tmp_path / "c.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data/0", bytes(10_000))
+        archive.filelist *= 100
+    with pytest.raises(InputError, match="entries claim 1,000,000 bytes"):
+        read_checkpoint(path)
+
+
+def test_a_tensor_that_is_made_of_nothing_but_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    torch.save({"a": Calls(torch.Tensor, 2**30, 2**20)}, path)
+    with pytest.raises(InputError, match="not enough memory"):
+        read_checkpoint(path)

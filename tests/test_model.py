@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from model_folders import small_plan, write_model
+from model_folders import CT, small_plan, write_model
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.images import read_image, read_labels, write_image
@@ -140,4 +141,50 @@ def test_a_missing_fold_is_named(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", small_plan(), folds=("0", "1"))
     (folder / "fold_1/final.safetensors").unlink()
     with pytest.raises(InputError, match="fold_1"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"intensities": {}}, "channel 0 is normalised as CT, but the mean .* is None"),
+        ({"intensities": {"0": {**CT, "std": math.nan}}}, "the std .* is nan"),
+        ({"intensities": {"0": {**CT, "percentile_99_5": 10**400}}}, "the percentile_99_5"),
+        ({"intensities": {"0": {**CT, "mean": "40"}}}, "is '40'"),
+        ({"intensities": {"0": 3}}, "the mean"),
+        ({"intensities": [CT]}, "no table"),
+        ({"normalization": None}, "no table"),
+        ({"normalization": ["Mine"]}, "'Mine' is not known"),
+        ({"normalization": [{}]}, "is not known"),
+    ],
+)
+def test_a_plan_whose_intensities_are_damaged(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    folder = write_model(tmp_path / "model", small_plan())
+    table = json.loads((folder / "plan.json").read_text()) | change
+    (folder / "plan.json").write_text(json.dumps(table))
+    with pytest.raises(InputError, match=said) as error:
+        load_model(folder)
+    assert "plan.json" in str(error.value)
+
+
+def test_other_schemes_need_no_intensities(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", small_plan(channels=("MR",)))
+    (folder / "plan.json").write_text(json.dumps(json.loads((folder / "plan.json").read_text()) | {"intensities": {}}))
+    load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["model.json", "plan.json"])
+def test_json_that_nests_without_end(tmp_path: Path, name: str) -> None:
+    folder = write_model(tmp_path / "model", small_plan())
+    (folder / name).write_text("[" * 200_000)
+    with pytest.raises(InputError, match="not a model folder"):
+        read_model(folder)
+
+
+def test_a_plan_that_claims_a_huge_network_allocates_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_model(tmp_path / "model", small_plan())
+    table = json.loads((folder / "plan.json").read_text()) | {"features": [14_000] * 3}
+    (folder / "plan.json").write_text(json.dumps(table))
+    monkeypatch.setattr("ichbench.inference.model.make_unet", lambda *_: pytest.fail("the network was allocated"))
+    with pytest.raises(InputError, match="fewer bytes than the plan's network has weights"):
         load_model(folder)

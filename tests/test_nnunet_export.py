@@ -74,6 +74,31 @@ def test_export_of_an_import_gives_the_folder_again(tmp_path: Path) -> None:
         assert ours["init_args"]["fold"] == int(fold[-1])
 
 
+def test_plans_without_names_get_nnunets_own(tmp_path: Path) -> None:
+    imported = import_nnunet(write_results(tmp_path, small_plan()), tmp_path / "imported").folder
+    table = json.loads((imported / "model.json").read_text())
+    del table["nnunet"]["plans"]["plans_name"], table["nnunet"]["plans"]["dataset_name"]
+    (imported / "model.json").write_text(json.dumps(table))
+    done = export_nnunet(imported, tmp_path / "again")
+    assert done.folder == tmp_path / "again/Dataset999_model/nnUNetTrainer__nnUNetPlans__3d_fullres"
+    assert json.loads((done.folder / "plans.json").read_text())["plans_name"] == "nnUNetPlans"
+    assert export_nnunet(imported, tmp_path / "again", "Dataset501_PHE").folder.parent.name == "Dataset501_PHE"
+    del table["nnunet"]["trainer"]
+    (imported / "model.json").write_text(json.dumps(table))
+    with pytest.raises(InputError, match=r"nnunet.trainer is missing or damaged"):
+        export_nnunet(imported, tmp_path / "third")
+
+
+def test_plans_that_nest_too_deeply_for_a_checkpoint(tmp_path: Path) -> None:
+    results = write_results(tmp_path, small_plan())
+    text = (results / "plans.json").read_text().rstrip().removesuffix("}")
+    (results / "plans.json").write_text(f'{text}, "more": {"[" * 600}{"]" * 600}}}')
+    imported = import_nnunet(results, tmp_path / "imported").folder
+    with pytest.raises(InputError, match="nests its entries too deeply"):
+        export_nnunet(imported, tmp_path / "again")
+    assert not list((tmp_path / "again").glob("*/*"))
+
+
 @pytest.mark.parametrize(("mirror", "axes"), [(True, (0, 1, 2)), (False, None), ([0, 2], (0, 2))])
 def test_mirror_axes(tmp_path: Path, mirror: Any, axes: Any) -> None:
     model = write_model(tmp_path / "model", small_plan(), overlay={"inference": {"mirror": mirror}})

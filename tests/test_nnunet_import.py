@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -151,6 +152,7 @@ def test_a_hostile_checkpoint_creates_nothing(copy: Path, tmp_path: Path, where:
         ("network_weights", {"encoder.stages.0.0.convs.0.conv.weight": torch.ones(2)}, r"shape \(2,\), but plans.json"),
         ("inference_allowed_mirroring_axes", (0, 5), "axes 0, 1, 2"),
         ("inference_allowed_mirroring_axes", "all", "axes 0, 1, 2"),
+        ("inference_allowed_mirroring_axes", [True], "axes 0, 1, 2"),
         ("trainer_name", "nnUNetTrainerOther", "folds of one model share"),
     ],
 )
@@ -190,6 +192,8 @@ def architecture(table: dict[str, Any]) -> dict[str, Any]:
         (lambda t: t["configurations"].clear(), "no configurations"),
         (lambda t: t["configurations"].update({"2d": t["configurations"].pop("3d_fullres")}), "no configuration '3d_fullres'"),
         (lambda t: t.update(image_reader_writer="SimpleITKIOWithReorient"), "turned on reading"),
+        (lambda t: t.update(foreground_intensity_properties_per_channel={}), "channel 0|intensit"),
+        (lambda t: t["foreground_intensity_properties_per_channel"]["0"].update(std=math.nan), "channel 0|intensit"),
     ],
 )
 def test_plans_that_are_not_ours_or_not_theirs(copy: Path, tmp_path: Path, how: Callable[[dict[str, Any]], None], said: str) -> None:
@@ -225,6 +229,52 @@ def test_a_folder_that_is_no_result_folder(results: Path, tmp_path: Path) -> Non
         refused(copy, tmp_path, f"no {name}")
         (copy / name).write_text("{")
         refused(copy, tmp_path, "cannot be read as JSON")
+
+
+@pytest.mark.parametrize("name", ["plans.json", "dataset.json"])
+def test_json_that_nests_without_end(copy: Path, tmp_path: Path, name: str) -> None:
+    (copy / name).write_text("[" * 200_000)
+    refused(copy, tmp_path, f"{name}: cannot be read as JSON")
+
+
+def test_json_that_can_be_read_but_not_written(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on reading goes deeper than writing."""
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise RecursionError
+
+    monkeypatch.setattr(json, "dumps", fail)
+    refused(results, tmp_path, "nests its entries too deeply")
+
+
+def test_a_mark_of_the_byte_order_is_no_error(copy: Path, tmp_path: Path) -> None:
+    path = copy / "dataset.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert import_nnunet(copy, tmp_path / "model").folds == ("0", "3")
+
+
+def test_plans_of_before_2_4_that_inherit_from_nothing(copy: Path, tmp_path: Path) -> None:
+    def old(table: dict[str, Any]) -> None:
+        one = table["configurations"]["3d_fullres"]
+        kwargs = one.pop("architecture")["arch_kwargs"]
+        one |= {"UNet_class_name": "PlainConvUNet", "UNet_base_num_features": 4, "unet_max_num_features": 8, "inherits_from": None}
+        one |= {"n_conv_per_stage_encoder": kwargs["n_conv_per_stage"], "n_conv_per_stage_decoder": kwargs["n_conv_per_stage_decoder"]}
+        one |= {"pool_op_kernel_sizes": kwargs["strides"], "conv_kernel_sizes": kwargs["kernel_sizes"]}
+
+    edit(copy / "plans.json", old)
+    assert import_nnunet(copy, tmp_path / "model").plan.features == (4, 8, 8)
+
+
+def test_a_network_larger_than_its_file_is_refused(copy: Path, tmp_path: Path) -> None:
+    """A few numbers in the file, a whole network in memory."""
+
+    def share(content: dict[str, Any]) -> None:
+        weights = content["network_weights"]
+        shared = torch.zeros(max(value.numel() for value in weights.values()))
+        content["network_weights"] = {key: shared[: value.numel()].view(value.shape) for key, value in weights.items()}
+
+    change(copy, share)
+    refused(copy, tmp_path, "weights would take")
 
 
 def test_an_existing_model_is_never_overwritten(results: Path, tmp_path: Path) -> None:

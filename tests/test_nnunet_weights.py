@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,8 @@ def changed(key: str, value: object) -> dict[str, object]:
         ("encoder.stages.1.0.convs.0.norm.bias", torch.zeros(8, device="meta"), "no floating-point"),
         # a terabyte by its shape, four bytes in the file
         ("decoder.seg_layers.1.weight", torch.zeros(1).expand(2**38), "make it"),
+        # the right shape, of one stored number
+        ("encoder.stages.1.0.convs.0.norm.bias", torch.ones(1).expand(8), "claims 8 numbers, but fewer are stored"),
     ],
 )
 def test_what_does_not_fit_is_refused(key: str, value: Tensor | str | None, said: str) -> None:
@@ -112,3 +115,47 @@ def test_what_does_not_fit_is_refused(key: str, value: Tensor | str | None, said
 def test_weights_of_the_other_family_are_refused() -> None:
     with pytest.raises(InputError, match="other plans or trainer"):
         weights_from_nnunet(weights_to_nnunet(drawn(PLANS["residual"]), PLANS["residual"]), make_unet(PLAIN, NetworkRecipe()), PLAIN, "x")
+
+
+@pytest.mark.parametrize("view", [lambda tensor: tensor.transpose(0, 1), torch._neg_view])
+def test_an_alias_that_begins_at_the_same_address_is_compared(view: Callable[[Tensor], Tensor]) -> None:
+    """nnU-Net loads the last of the aliases, so it would compute with other weights than we do."""
+    weights = weights_to_nnunet(drawn(PLAIN), PLAIN)
+    key = "encoder.stages.1.0.convs.1.conv.weight"
+    other = f"decoder.{key}"
+    weights[other] = view(weights[key])
+    assert weights[other].shape == weights[key].shape
+    assert weights[other].data_ptr() == weights[key].data_ptr()
+    with pytest.raises(InputError, match="differ here"):
+        weights_from_nnunet(weights, make_unet(PLAIN, NetworkRecipe()), PLAIN, "x")
+
+
+def test_a_negated_view_is_written_as_it_reads() -> None:
+    """torch.save keeps the mark, safetensors would write the bytes below it."""
+    ours = drawn(PLAIN)
+    weights = {key: torch._neg_view(value) for key, value in weights_to_nnunet(ours, PLAIN).items()}
+    back = weights_from_nnunet(weights, make_unet(PLAIN, NetworkRecipe()), PLAIN, "x")
+    assert not any(value.is_neg() for value in back.values())
+    assert all(torch.equal(back[name], -value) for name, value in ours.state_dict().items())
+
+
+def test_a_network_that_is_larger_than_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor may lie in one shared storage, which is large enough for each alone."""
+    network = make_unet(PLAIN, NetworkRecipe())
+    shared = torch.zeros(max(value.numel() for value in network.state_dict().values()))
+    weights = {nnunet_name(name, PLAIN): shared[: value.numel()].view(value.shape) for name, value in network.state_dict().items()}
+    monkeypatch.setattr(Tensor, "contiguous", lambda _: pytest.fail("memory was asked for before the sizes were compared"))
+    with pytest.raises(InputError, match="weights would take"):
+        weights_from_nnunet(weights, network, PLAIN, "x", 4 * len(shared) + 1000)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    weights, network = weights_to_nnunet(drawn(PLAIN), PLAIN), make_unet(PLAIN, NetworkRecipe())
+
+    def fail(_: Tensor) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(Tensor, "contiguous", fail)
+    with pytest.raises(InputError, match="cannot be held in memory"):
+        weights_from_nnunet(weights, network, PLAIN, "x")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ichbench.cases.case import Case, Grid
@@ -25,12 +26,15 @@ from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import InputError
 from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
-from ichbench.network.unet import make_unet
+from ichbench.network.unet import UNet, check_topology, make_unet
 from ichbench.network.weights import load_weights
+from ichbench.prepare.normalize import NORMALIZERS
 from ichbench.prepare.plan import Plan
-from ichbench.recipe import PrepareRecipe, Recipe
+from ichbench.recipe import NetworkRecipe, PrepareRecipe, Recipe
 
 SUFFIXES = (".nii.gz", ".nii")
+#: intensities are computed in single precision
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -81,19 +85,20 @@ class Predicted:
 def read_model(folder: Path) -> ModelFolder:
     """Read a model folder, as `run-ablation` leaves it under `models/` or `ichbench nnunet import` writes it, without the weights."""
     try:
-        about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        plan = Plan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8-sig"))
+        plan = Plan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8-sig")))
         channels, axes = tuple(str(name) for name in about["channel_names"]), about["axes_zyx"]
         recipe = Recipe.model_validate_json(json.dumps(about["recipe"]))
         folds = tuple(str(fold) for fold in about.get("folds", ()))
         labels, order = about["labels"], about.get("regions_class_order")
         if not (axes is None or isinstance(axes, str)):
             raise ValueError(f"axes_zyx is {axes!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder} is not a model folder ({said}); give one such as RUN/models/base-foldfull-seed0") from None
     if not all(re.fullmatch(r"\w+", fold) for fold in folds):
         raise InputError(f"{folder / 'model.json'}: folds are {list(folds)}; a fold is named by letters and digits")
+    check_intensities(plan, str(folder / "plan.json"))
     rules = read_rules(labels, order, folder / "model.json")
     return ModelFolder(folder, plan, recipe, channels, rules, axes, folds, about)
 
@@ -103,6 +108,7 @@ def load_model(folder: Path, device: str = "cpu") -> Model:
     found = read_model(folder)
     networks, topology = [], network_plan(found.plan, found.rules)
     for path in found.weights(found.recipe.inference.checkpoint).values():
+        _check_size(topology, found.recipe.network, path)
         network = make_unet(topology, found.recipe.network)
         load_weights(network, path)
         networks.append(network.to(device).eval())
@@ -121,6 +127,35 @@ def load_model(folder: Path, device: str = "cpu") -> Model:
         postprocessing=postprocessing,
     )
     return Model(tools, found.axes_zyx, found.channel_names)
+
+
+def _check_size(plan: Plan, recipe: NetworkRecipe, weights: Path) -> None:
+    """A damaged plan may claim any network; none is allocated that the file of its weights cannot fill."""
+    check_topology(plan)
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in UNet(plan, recipe).parameters())
+    if not weights.is_file():
+        raise InputError(f"cannot read the weights {weights}: there is no such file; train or import the model again")
+    if needed > weights.stat().st_size:
+        raise InputError(f"{weights}: has fewer bytes than the plan's network has weights ({needed:,}); they belong to another network")
+
+
+def check_intensities(plan: Plan, source: str) -> None:
+    """Raise InputError where a channel cannot be normalised: a NaN there would be an empty mask without a word."""
+    if not isinstance(plan.normalization, tuple) or not isinstance(plan.intensities, Mapping):
+        raise InputError(f"{source}: normalization or intensities is no table; the file is damaged: take the original")
+    for index, scheme in enumerate(plan.normalization):
+        if not isinstance(scheme, str) or scheme not in NORMALIZERS:
+            raise InputError(f"{source}: the normalization {scheme!r} is not known; known are {', '.join(NORMALIZERS)}")
+        table = plan.intensities.get(str(index))
+        facts = table if isinstance(table, Mapping) else {}
+        for name in ("mean", "std", "percentile_00_5", "percentile_99_5") if scheme == "CTNormalization" else ():
+            value = facts.get(name)
+            if not isinstance(value, int | float) or not abs(value) < LARGEST:
+                raise InputError(
+                    f"{source}: channel {index} is normalised as CT, but the {name} of its training intensities is {value!r}; "
+                    "a finite number is needed: take the plans that the model was trained with"
+                )
 
 
 def network_plan(plan: Plan, rules: LabelRules) -> Plan:

@@ -13,6 +13,8 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
     images: tuple[Path, ...] = ()
     notes = list(_notes(first))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch, _not_too_deep(model):
         made = Path(scratch) / "model"
         made.mkdir()
         write_atomically(made / "plans.json", plans_text(tables.plans).encode())
@@ -105,6 +107,17 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
             images = tuple(prepared / name for name in names)
         made.rename(target)
     return Exported(target, {fold: name for fold, (name, _, _) in folds.items()}, images, tuple(dict.fromkeys(notes)))
+
+
+@contextmanager
+def _not_too_deep(model: Path) -> Iterator[None]:
+    """JSON may nest deeper than a checkpoint can."""
+    try:
+        yield
+    except RecursionError:
+        raise InputError(
+            f"{model}: its model.json or plan.json nests its entries too deeply to be written again; get the original"
+        ) from None
 
 
 def find_members(model: Path) -> list[tuple[str, ModelFolder]]:
@@ -167,10 +180,7 @@ def _tables(model: ModelFolder, dataset_name: str | None) -> _Tables:
         )
     theirs = model.about.get("nnunet")
     if isinstance(theirs, dict):
-        # as nnU-Net wrote them, with every entry that we do not know
-        plans, dataset = dict(theirs["plans"]), dict(theirs["dataset"])
-        plans["dataset_name"] = dataset_name or plans["dataset_name"]
-        return _Tables(plans, dataset, theirs["trainer"], theirs["configuration"])
+        return _their_tables(theirs, dataset_name, model.folder / "model.json")
     cohort = str(model.about.get("cohort", model.about.get("arm", "model")))
     if dataset_name is None:
         dataset_name = (
@@ -184,6 +194,17 @@ def _tables(model: ModelFolder, dataset_name: str | None) -> _Tables:
     dataset = {"channel_names": {str(index): name for index, name in enumerate(plan.channels)}}
     dataset |= declared(model.rules) | {"numTraining": model.about.get("n_training", 0), "file_ending": ".nii.gz"}
     return _Tables(plans, dataset, TRAINER, plan.configuration)
+
+
+def _their_tables(theirs: dict[str, Any], dataset_name: str | None, source: Path) -> _Tables:
+    """What an import kept: as nnU-Net wrote it, with every entry that we do not know; names that it lacks are put in."""
+    for key, kind in {"plans": dict, "dataset": dict, "trainer": str, "configuration": str}.items():
+        if not isinstance(theirs.get(key), kind):
+            raise InputError(f"{source}: its entry nnunet.{key} is missing or damaged; import the model again")
+    plans = dict(theirs["plans"])
+    plans["dataset_name"] = str(dataset_name or plans.get("dataset_name") or "Dataset999_model")
+    plans["plans_name"] = str(plans.get("plans_name") or "nnUNetPlans")
+    return _Tables(plans, dict(theirs["dataset"]), theirs["trainer"], theirs["configuration"])
 
 
 def _resolved(model: ModelFolder) -> Plan:

@@ -11,6 +11,7 @@ name, never imported. Checkpoints are read by `network.checkpoint`.
 from __future__ import annotations
 
 import json
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ import torch
 from ichbench.cases.files import write_atomically
 from ichbench.cases.labels import read_rules
 from ichbench.errors import InputError
-from ichbench.inference.model import network_plan
+from ichbench.inference.model import check_intensities, network_plan
 from ichbench.network.checkpoint import read_checkpoint
 from ichbench.network.nnunet_weights import weights_from_nnunet
 from ichbench.network.unet import UNet, check_topology
@@ -75,15 +76,19 @@ def import_nnunet(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".import-") as scratch:
         made = Path(scratch) / "model"
-        imported = _import_into(made, folder, plans, dataset, checkpoint, names)
-        _import_previous(made / "previous", folder, imported[0], checkpoint, previous)
+        try:
+            imported = _import_into(made, folder, plans, dataset, checkpoint, names)
+            _import_previous(made / "previous", folder, dataset, imported[0], checkpoint, previous)
+        except RecursionError:
+            # what could be read may still be too deep to be written
+            raise InputError(f"{folder}: plans.json, dataset.json or a checkpoint nests its entries too deeply; get the original") from None
         if out.is_dir():
             out.rmdir()
         made.rename(out)
     return Imported(out, *imported)
 
 
-def _import_previous(made: Path, folder: Path, plan: Plan, checkpoint: str, given: Path | None) -> None:
+def _import_previous(made: Path, folder: Path, dataset: Mapping[str, Any], plan: Plan, checkpoint: str, given: Path | None) -> None:
     """The first stage below the second one's new folder."""
     stage = plan.previous_stage
     if stage is None:
@@ -98,12 +103,12 @@ def _import_previous(made: Path, folder: Path, plan: Plan, checkpoint: str, give
             "name that model with --previous"
         )
     source = beside if given is None else given
-    plans, dataset = _read_tables(source)
+    plans, own = _read_tables(source)
     names = _choose_folds(source, f"checkpoint_{checkpoint}.pth", None)
-    first = _import_into(made, source, plans, dataset, checkpoint, names)[0]
-    labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
-    if first.configuration != stage or first.previous_stage is not None or dataset["labels"] != labels:
-        raise InputError(f"{source} is {first.configuration!r} with the labels {dataset['labels']}; needed is {stage!r} with {labels}")
+    first = _import_into(made, source, plans, own, checkpoint, names)[0]
+    labels = dataset["labels"]
+    if first.configuration != stage or first.previous_stage is not None or own["labels"] != labels:
+        raise InputError(f"{source} is {first.configuration!r} with the labels {own['labels']}; needed is {stage!r} with {labels}")
 
 
 def _import_into(
@@ -117,7 +122,7 @@ def _import_into(
         found = _about(content, path, folder)
         if about is None:
             about, plan = found, _plan(plans, dataset, found.configuration, folder)
-            # on the meta device nothing is allocated, whatever sizes the plans claim
+            # on the meta device no weight is allocated; the real ones are then bounded by the size of their file
             with torch.device("meta"):
                 network = UNet(network_plan(plan, read_rules(dataset["labels"], dataset.get("regions_class_order"))), NetworkRecipe())
         elif found != about:
@@ -128,7 +133,7 @@ def _import_into(
         weights = content["network_weights"]
         if not isinstance(weights, Mapping):
             raise InputError(f"{path}: network_weights is a {type(weights).__name__}, not a table of tensors; the file is damaged")
-        network.load_state_dict(weights_from_nnunet(weights, network, plan, str(path)), assign=True)
+        network.load_state_dict(weights_from_nnunet(weights, network, plan, str(path), path.stat().st_size), assign=True)
         save_weights(network, made / f"fold_{name}" / f"{checkpoint}.safetensors", {"fold": name, "source": "nnunet", "epoch": found.epoch})
     if about is None:
         raise InputError(f"{folder}: no fold was chosen")
@@ -142,8 +147,8 @@ def _import_into(
         source="import",
     )
     model = {
-        "arm": f"{about.trainer}__{plans.get('plans_name')}__{about.configuration}",
-        "why": f"Imported from {plans.get('dataset_name')}, trained by nnU-Net.",
+        "arm": f"{about.trainer}__{plans.get('plans_name', 'nnUNetPlans')}__{about.configuration}",
+        "why": f"Imported from {plans.get('dataset_name', 'an unnamed cohort')}, trained by nnU-Net.",
         "recipe": recipe.model_dump(mode="json"),
         "labels": dataset["labels"],
         "channel_names": list(plan.source_channels),
@@ -191,8 +196,8 @@ def _about(content: dict[str, Any], path: Path, folder: Path) -> _About:
             "give the folder the name that nnU-Net gave it"
         )
     axes = content.get("inference_allowed_mirroring_axes") or ()
-    if not isinstance(axes, (tuple, list)) or not all(isinstance(axis, int) and 0 <= axis <= 2 for axis in axes):
-        raise InputError(f"{path}: inference_allowed_mirroring_axes is {axes!r}; a list of the axes 0, 1, 2 is needed")
+    if not isinstance(axes, (tuple, list)) or not all(type(axis) is int and 0 <= axis <= 2 for axis in axes):
+        raise InputError(f"{path}: inference_allowed_mirroring_axes is {reprlib.repr(axes)}; a list of the axes 0, 1, 2 is needed")
     trainer, epoch = content.get("trainer_name"), content.get("current_epoch")
     return _About(
         trainer if isinstance(trainer, str) else parts[0], configuration, tuple(sorted(set(axes))), epoch if isinstance(epoch, int) else 0
@@ -204,7 +209,7 @@ def _plan(plans: dict[str, Any], dataset: dict[str, Any], configuration: str, fo
     plan = plan_of(plans, configuration, dataset, source)
     where = f"{source}, configuration {configuration!r}"
     table = plans["configurations"][configuration]
-    while "architecture" not in table and "inherits_from" in table:
+    while "architecture" not in table and table.get("inherits_from") is not None:
         table = plans["configurations"][table["inherits_from"]]
     kwargs = table["architecture"]["arch_kwargs"] if "architecture" in table else {}
     unknown = sorted(name for name, value in kwargs.items() if name not in ARCHITECTURE and value not in (None, False))
@@ -218,6 +223,7 @@ def _plan(plans: dict[str, Any], dataset: dict[str, Any], configuration: str, fo
     rules = read_rules(dataset["labels"], dataset.get("regions_class_order"), folder / "dataset.json")
     if rules.n_heads != plan.n_classes:
         raise InputError(f"{folder / 'dataset.json'}: its labels need {rules.n_heads} outputs, the plan has {plan.n_classes}")
+    check_intensities(plan, where)
     check_topology(plan)
     return plan
 
@@ -230,11 +236,16 @@ def _read_tables(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         near = sorted(str(path.parent) for path in [*folder.glob("*/plans.json"), *folder.parent.glob("plans.json")])
         hint = f"; did you mean {' or '.join(near[:5])}?" if near else "; give DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION"
         raise InputError(f"{folder} holds no {' and no '.join(missing)}, so it is no result folder of nnU-Net{hint}")
-    plans = read_plans(folder / "plans.json")
+    path = folder / "plans.json"
+    try:
+        plans = read_plans(path)
+    except RecursionError as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); correct it") from None
     path = folder / "dataset.json"
     try:
-        dataset = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        # an editor may have put a byte order mark before it
+        dataset = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); correct it") from None
     channels = dataset.get("channel_names", dataset.get("modality")) if isinstance(dataset, dict) else None
     if not isinstance(dataset, dict) or not isinstance(dataset.get("labels"), dict) or not isinstance(channels, dict):

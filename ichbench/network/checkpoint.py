@@ -9,6 +9,7 @@ There is no fallback: what is refused stays closed.
 from __future__ import annotations
 
 import re
+import stat
 import struct
 import warnings
 import zipfile
@@ -19,6 +20,8 @@ import torch
 
 from ichbench.errors import InputError
 
+#: nnU-Net's largest checkpoints, with the state of their optimizer, are below 2 GiB
+MOST_BYTES = 16 * 2**30
 #: numpy's name of a plain number type -> how `struct` reads it
 SCALARS = {"b1": "?", "f2": "e", "f4": "f", "f8": "d"}
 SCALARS |= {"i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
@@ -55,12 +58,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises InputError for a file that is missing, cut off, not a checkpoint, or asks for anything beyond tensors, plain
     containers and numbers. Nothing in the file is executed, whatever it holds.
     """
+    size = _size(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
             # torch stores its records as they are; a small file that unpacks to terabytes would have to compress them
-            packed = next((entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED), None)
+            packed = next((entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+            # or to name the same bytes again and again
+            claimed = sum(max(entry.file_size, entry.compress_size) for entry in entries)
             # torch itself does not look at the check sums: a flipped bit would be a wrong weight without a word
-            broken = archive.testzip() if packed is None else None
+            broken = archive.testzip() if packed is None and claimed <= size else None
     except OSError as error:
         raise InputError(f"cannot read the checkpoint {path}: {error.strerror or error}; check the path") from None
     except Exception as error:
@@ -70,6 +77,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     if packed is not None:
         raise InputError(f"{path}: the entry {packed} is compressed, which torch.save never does; the file was changed: get the original")
+    if claimed > size:
+        raise InputError(f"{path}: its entries claim {claimed:,} bytes, but the file has {size:,}; it was changed: get the original")
     if broken is not None:
         raise InputError(f"{path} is damaged: the check sum of its entry {broken} is wrong; copy the file again")
     try:
@@ -79,10 +88,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except MemoryError:
         raise InputError(f"{path}: there is not enough memory to read this checkpoint") from None
     except Exception as error:  # whatever a damaged or hostile file makes torch's reader raise
+        if "can't allocate memory" in str(error):
+            raise InputError(f"{path}: there is not enough memory to read this checkpoint") from None
         raise InputError(_refusal(path, error)) from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint of nnU-Net; give a checkpoint_final.pth")
     return content
+
+
+def _size(path: Path) -> int:
+    """Bytes of the file. A pipe would be waited for, a device read for ever: neither is opened."""
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise InputError(f"cannot read the checkpoint {path}: {error.strerror or error}; check the path") from None
+    if not stat.S_ISREG(about.st_mode):
+        raise InputError(f"cannot read the checkpoint {path}: it is no file (but a folder, pipe or device); check the path")
+    if about.st_size > MOST_BYTES:
+        raise InputError(f"{path}: has {about.st_size:,} bytes, but at most {MOST_BYTES:,} are read; give a checkpoint of nnU-Net v2")
+    return about.st_size
 
 
 def _refusal(path: Path, error: Exception) -> str:

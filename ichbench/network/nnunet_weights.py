@@ -77,11 +77,16 @@ def weights_to_nnunet(network: nn.Module, plan: Levels) -> dict[str, Tensor]:
     return tensors
 
 
-def weights_from_nnunet(weights: Mapping[str, object], network: nn.Module, plan: Levels, source: str) -> dict[str, Tensor]:
+def weights_from_nnunet(
+    weights: Mapping[str, object], network: nn.Module, plan: Levels, source: str, file_bytes: int | None = None
+) -> dict[str, Tensor]:
     """Our state dict (float32) for `network`, the network of `plan`, from nnU-Net's `weights`.
 
-    Raises InputError, with `source`, for names or shapes that are not the plan's, values that are not finite numbers, and
-    aliases of one tensor that differ.
+    file_bytes  of the checkpoint, which no network that is read from it can exceed
+
+    Raises InputError, with `source`, for names or shapes that are not the plan's, values that are not finite numbers,
+    aliases of one tensor that differ, and tensors that claim more numbers than are stored: a stride of 0 makes terabytes of
+    four bytes.
     """
     wanted = {nnunet_name(name, plan): (name, value.shape) for name, value in network.state_dict().items()}
     found: dict[str, list[tuple[str, Tensor]]] = {}
@@ -97,18 +102,42 @@ def weights_from_nnunet(weights: Mapping[str, object], network: nn.Module, plan:
                 f"{source}: {key!r} has shape {tuple(value.shape)}, but plans.json and dataset.json make it {tuple(shape)}; "
                 "the three files must come from one training"
             )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(
+                f"{source}: {key!r} claims {value.numel():,} numbers, but fewer are stored; the file was changed: get the original"
+            )
         found.setdefault(short, []).append((str(key), value))
     missing = sorted(wanted.keys() - found.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise InputError(f"{source}: lacks {missing[0]!r}{more}; the checkpoint belongs to other plans, or is no complete network")
-    taken = {}
-    for short, ((_, value), *others) in found.items():
-        tensor = value.detach().to(torch.float32).contiguous()
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{source}: {short!r} holds NaN or infinite weights; the training diverged: use another checkpoint")
-        for key, other in others:
-            if other.data_ptr() != value.data_ptr() and not torch.equal(other.to(torch.float32), tensor):
-                raise InputError(f"{source}: {key!r} and {short!r} are one tensor in nnU-Net, but differ here; the file was changed")
-        taken[wanted[short][0]] = tensor
-    return taken
+    # tensors may share one storage, so each can be stored and all of them still be more than the file
+    needed = sum(value.numel() * value.element_size() for (_, value), *_ in found.values())
+    if file_bytes is not None and needed > file_bytes:
+        raise InputError(
+            f"{source}: has {file_bytes:,} bytes, but its weights would take {needed:,}; the file was changed: get the original"
+        )
+    try:
+        return {wanted[short][0]: _agreed(short, tensors, source) for short, tensors in found.items()}
+    except (MemoryError, RuntimeError) as error:
+        # torch's allocator raises a bare RuntimeError
+        said = (str(error) or "out of memory").splitlines()[0][:200]
+        raise InputError(f"{source}: its weights cannot be held in memory ({said}); free some, or use a larger machine") from None
+
+
+def _agreed(short: str, tensors: Sequence[tuple[str, Tensor]], source: str) -> Tensor:
+    """The one tensor that all aliases say, as float32."""
+    (_, value), *others = tensors
+    tensor = _plain(value)
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{source}: {short!r} holds NaN or infinite weights; the training diverged: use another checkpoint")
+    for key, other in others:
+        # always by value: a view with other strides or a flipped sign begins at the same address
+        if not torch.equal(_plain(other), tensor):
+            raise InputError(f"{source}: {key!r} and {short!r} are one tensor in nnU-Net, but differ here; the file was changed")
+    return tensor
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """float32 in memory as it reads: a file can mark a tensor as negated, which writing its bytes would lose."""
+    return tensor.detach().to(torch.float32).resolve_neg().contiguous()
