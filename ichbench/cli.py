@@ -467,7 +467,7 @@ def _measured(
     from ichbench.arms import load_overlay
     from ichbench.cases.cohort import read_cohort
     from ichbench.prepare.fingerprint import read_fingerprint
-    from ichbench.prepare.nnunet_files import check_expressible
+    from ichbench.prepare.nnunet_files import check_expressible, reader_of
     from ichbench.prepare.survey import cohort_fingerprint
     from ichbench.recipe import make_recipe
     from ichbench.scoring.folders import available_cores
@@ -480,6 +480,8 @@ def _measured(
         raise InputError(f"{cohort}: has no training cases, which are what is measured")
     if for_nnunet:
         check_expressible(found, chosen.prepare)
+    elif chosen.prepare.compatibility == "nnunet":
+        reader_of(found)
     if fingerprint is not None:
         return found, read_fingerprint(fingerprint, len(found.train_ids)), chosen
     n_cases = len(found.train_ids)

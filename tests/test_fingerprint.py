@@ -10,7 +10,7 @@ import pytest
 
 from ichbench.cases.case import Case, Grid
 from ichbench.errors import InputError
-from ichbench.prepare.fingerprint import Fingerprint, case_facts, combine, fingerprint, read_fingerprint
+from ichbench.prepare.fingerprint import STATISTICS, Fingerprint, case_facts, combine, fingerprint, read_fingerprint
 
 
 def case(name: str, values: np.ndarray, channels: int = 1) -> Case:
@@ -93,6 +93,45 @@ def test_json_uses_nnunets_keys() -> None:
     assert Fingerprint.from_json(table) == found
     with pytest.raises(InputError, match="not a dataset fingerprint"):
         Fingerprint.from_json({"spacings": []})
+
+
+PER_CHANNEL = "foreground_intensity_properties_per_channel"
+DAMAGED: list[tuple[dict[str, object], str]] = [
+    ({PER_CHANNEL: [1]}, "must hold a table for each channel"),
+    ({PER_CHANNEL: {"0": [1]}}, "must hold a table for each channel"),
+    ({PER_CHANNEL: {"0": {}}}, "channel 0: max is missing, but must be a finite number"),
+    ({PER_CHANNEL: {}}, "the channels are \\[\\]; they must be numbered from 0"),
+    ({PER_CHANNEL: {"1": dict.fromkeys(STATISTICS, 1.0)}}, "the channels are \\['1'\\]"),
+    ({PER_CHANNEL: {"0": dict.fromkeys(STATISTICS, 1.0) | {"std": float("nan")}}}, "channel 0: std is nan"),
+    ({"spacings": [[0, 1, 1]]}, "the spacing .* is not three positive numbers"),
+    ({"spacings": [[float("nan"), 1, 1]]}, "the spacing"),
+    ({"spacings": [[1, float("inf"), 1]]}, "the spacing"),
+    ({"spacings": [[1, 1, -1]]}, "the spacing"),
+    ({"spacings": [[1, 1, 1]] * 2}, "2 spacings and 1 shapes; each case needs one of both"),
+    ({"spacings": [], "shapes_after_crop": []}, "0 spacings and 0 shapes"),
+    ({"shapes_after_crop": [[0, 10, 10]]}, "the shape .* is not three numbers of voxels"),
+    ({"shapes_after_crop": [[10**12] * 3]}, "the shape"),
+    ({"shapes_after_crop": [[10.5, 10, 10]]}, "whole numbers are needed, not 10.5"),
+    ({"shapes_after_crop": [[float("inf"), 10, 10]]}, "OverflowError"),
+    ({"median_relative_size_after_cropping": float("nan")}, "median_relative_size_after_cropping is nan"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), DAMAGED)
+def test_files_that_cannot_have_been_measured(values: dict[str, object], message: str, tmp_path: Path) -> None:
+    good = fingerprint([case("a", np.arange(30.0))]).to_json()
+    path = tmp_path / "dataset_fingerprint.json"
+    path.write_text(json.dumps(good | values))
+    with pytest.raises(InputError, match=f"dataset_fingerprint.json: not a dataset fingerprint: .*{message}"):
+        read_fingerprint(path, 1)
+
+
+def test_files_that_are_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "dataset_fingerprint.json"
+    for text, message in (("[1]", "it is a list, not a table"), ("[" * 200_000, "cannot be read as JSON"), ("{", "cannot be read")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_fingerprint(path, 1)
 
 
 def test_refusals() -> None:

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from ichbench.cases.cohort import read_cohort
 from ichbench.cli import app
 from ichbench.errors import InputError
-from ichbench.prepare.fingerprint import Fingerprint, combine, fingerprint, read_fingerprint
+from ichbench.prepare.fingerprint import STATISTICS, Fingerprint, combine, fingerprint, read_fingerprint
+from ichbench.prepare.nnunet_files import check_expressible, dataset_table, reader_of
 from ichbench.prepare.pipeline import flagged_case
 from ichbench.prepare.plans_read import plans_of, read_plans
 from ichbench.prepare.survey import cohort_fingerprint, cohort_plan, cohort_plans, label_counts
@@ -126,7 +127,7 @@ def test_user_errors_are_one_line(small_phantom: Path, tmp_path: Path) -> None:
         assert message in refused("plan", small_phantom, *arguments), arguments
     assert "no such folder or file" in one_line(call("fingerprint", tmp_path / "nowhere"))
     assert not (tmp_path / "x").exists()
-    other = Fingerprint(((1.0,) * 3,), ((9,) * 3,), {"0": dict.fromkeys(("mean", "std"), 1.0)}, 1.0)
+    other = Fingerprint(((1.0,) * 3,), ((9,) * 3,), {"0": dict.fromkeys(STATISTICS, 1.0)}, 1.0)
     (tmp_path / "other.json").write_text(other.to_text())
     message = refused("plan", small_phantom, "--fingerprint", tmp_path / "other.json")
     assert "was taken of 1 cases, but there are 4 training cases" in message
@@ -177,3 +178,71 @@ def test_the_ignore_label_counts_in_the_estimate_alone(small_phantom: Path, tmp_
     before, after = (cohort_plan(cohort, found, PrepareRecipe(), PlanRecipe()) for cohort in (plain, ignored))
     assert before.n_classes == after.n_classes == 2
     assert after.estimate - before.estimate == np.prod(after.patch_size)
+
+
+def declaring(source: Path, folder: Path, **values: object) -> Path:
+    """A copy of the cohort whose dataset.json says something else as well."""
+    shutil.copytree(source, folder)
+    described = json.loads((source / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(described | values))
+    return folder
+
+
+REGIONS = {"labels": {"background": 0, "whole": [1, 2, 3, 4, 5], "core": [2, 3]}, "regions_class_order": [1, 2]}
+
+
+def test_a_region_counts_once_however_many_values_it_joins(small_phantom: Path, tmp_path: Path) -> None:
+    """nnU-Net counts the names in dataset.json; its network has one output per region."""
+    folder = declaring(small_phantom, tmp_path / "regions", **REGIONS)
+    cohort = read_cohort(folder)
+    assert label_counts(cohort) == (3, 2)
+    assert cohort.rules.n_heads == 2
+    found = cohort_fingerprint(cohort, cohort.train_ids, PrepareRecipe())
+    planned = cohort_plan(cohort, found, PrepareRecipe(), PlanRecipe())
+    plain = cohort_plan(read_cohort(small_phantom), found, PrepareRecipe(), PlanRecipe())
+    assert (planned.n_classes, planned.estimate - plain.estimate) == (2, np.prod(planned.patch_size))
+    done = CliRunner().invoke(app, ["plan", str(folder), "--out", str(tmp_path / "pre")])
+    assert "with 3 labels" in done.stdout
+    dataset = json.loads((tmp_path / "pre/dataset.json").read_text())
+    assert plans_of(read_plans(tmp_path / "pre/nnUNetPlans.json"), dataset)["3d_fullres"] == planned
+
+
+def test_regions_of_a_table_reach_nnunets_dataset_json(small_phantom: Path, tmp_path: Path) -> None:
+    """A cohort.csv speaks for itself, also where an older dataset.json lies beside it."""
+    table = ["id,image,mask,split"]
+    for path in sorted((small_phantom / "labelsTr").glob("*.nii.gz")):
+        name = path.name.removesuffix(".nii.gz")
+        table.append(f"{name},{small_phantom}/imagesTr/{name}_0000.nii.gz,{path},train")
+    (tmp_path / "cohort.csv").write_text("\n".join(table) + "\n")
+    (tmp_path / "cohort.json").write_text(json.dumps(REGIONS))
+    shutil.copy(small_phantom / "dataset.json", tmp_path)
+    cohort = read_cohort(tmp_path / "cohort.csv")
+    written = dataset_table(cohort)
+    assert {key: written[key] for key in REGIONS} == REGIONS
+    assert label_counts(cohort) == (3, 2)
+
+
+@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "FooIO", 3])
+def test_readers_that_read_other_voxels_are_refused(small_phantom: Path, tmp_path: Path, reader: object) -> None:
+    folder = declaring(small_phantom, tmp_path / "turned", overwrite_image_reader_writer=reader)
+    for arguments in (["--out", tmp_path / "pre"], ["--compatibility", "nnunet"]):
+        for command in ("plan", "fingerprint"):
+            message = refused(command, folder, *arguments)
+            assert f"overwrite_image_reader_writer is '{reader}'" in message
+            assert "SimpleITKIO and NibabelIO" in message
+    assert not (tmp_path / "pre").exists()
+
+
+@pytest.mark.parametrize(("reader", "expected"), [("None", "SimpleITKIO"), (None, "SimpleITKIO"), ("NibabelIO", "NibabelIO")])
+def test_readers_that_are_obeyed(small_phantom: Path, tmp_path: Path, reader: str | None, expected: str) -> None:
+    assert reader_of(read_cohort(declaring(small_phantom, tmp_path / "named", overwrite_image_reader_writer=reader))) == expected
+
+
+def test_a_label_map_cannot_be_said_to_nnunet(small_phantom: Path, tmp_path: Path) -> None:
+    mapped = declaring(small_phantom, tmp_path / "mapped", label_map={"1": 1, "2": 1})
+    for switch in ([], ["--compatibility", "nnunet"]):
+        message = refused("fingerprint", mapped, "--out", tmp_path / "pre", *switch)
+        assert "its label_map {2: 1} is not known to nnU-Net" in message
+    assert not (tmp_path / "pre").exists()
+    same = declaring(small_phantom, tmp_path / "same", label_map={"1": 1})
+    check_expressible(read_cohort(same), PrepareRecipe())

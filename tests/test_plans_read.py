@@ -119,6 +119,17 @@ REFUSED = [
     ({"preprocessor_name": "Mine"}, "preprocessor_name is 'Mine', but only 'DefaultPreprocessor' is built here"),
     ({"resampling_fn_data": "resample_torch_fornnunet"}, "resampling_fn_data is 'resample_torch_fornnunet'"),
     ({"resampling_fn_seg_kwargs": {"order": 0}}, "resampling_fn_seg_kwargs is"),
+    # what is left out counts as nnU-Net's function has it: force_separate_z = False, and order = 3 for masks too
+    ({"resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0}}, "resampling_fn_data_kwargs is"),
+    ({"resampling_fn_seg_kwargs": {"is_seg": True, "order_z": 0, "force_separate_z": None}}, "resampling_fn_seg_kwargs is"),
+    ({"resampling_fn_seg_kwargs": {"order": 1, "order_z": 0, "force_separate_z": None}}, "resampling_fn_seg_kwargs is"),
+    ({"resampling_fn_probabilities_kwargs": {}}, "resampling_fn_probabilities_kwargs is"),
+    ({"resampling_fn_probabilities_kwargs": "gone"}, "the entry 'resampling_fn_probabilities_kwargs' is missing"),
+    ({"resampling_fn_data": "gone"}, "the entry 'resampling_fn_data' is missing"),
+    ({"spacing": [1e-3] * 3}, "is not within 0.01 to 1000 mm"),
+    ({"spacing": [5e3, 1.0, 1.0]}, "is not within 0.01 to 1000 mm"),
+    ({"patch_size": [40_000_000] * 3}, "has more than 268,435,456 voxels"),
+    ({"batch_size": 10**30}, "batch_size 1e+30 is above"),
     ({"normalization_schemes": ["Own"]}, "the normalization 'Own' is not known; known are CTNormalization"),
     ({"arch_kwargs__norm_op": "torch.nn.BatchNorm3d"}, "norm_op is 'BatchNorm3d', but only 'InstanceNorm3d'"),
     ({"arch_kwargs__conv_op": "torch.nn.Conv2d"}, "conv_op is 'Conv2d'"),
@@ -167,12 +178,33 @@ def test_files_that_are_not_plans(tmp_path: Path) -> None:
         ("{", "cannot be read as JSON"),
         ("[]", "not an nnU-Net plans file"),
         ('{"configurations": {}}', "not an nnU-Net"),
+        ("[" * 200_000, "cannot be read as JSON"),
+        (json.dumps(table() | {"plans_name": ""}), "plans_name is '', but must be a name"),
+        (json.dumps({key: value for key, value in table().items() if key != "dataset_name"}), "dataset_name is missing"),
     ):
         (tmp_path / "plans.json").write_text(text)
         with pytest.raises(InputError, match=message):
             read_plans(tmp_path / "plans.json")
     with pytest.raises(InputError, match="cannot be read"):
         read_plans(tmp_path / "none.json")
+
+
+def test_settings_that_nnunet_fills_alike_may_be_left_out() -> None:
+    kwargs = {"force_separate_z": None, "separate_z_anisotropy_threshold": 3}
+    assert plan_of(changed(resampling_fn_data_kwargs=kwargs), "3d_fullres", DATASET) == made()["3d_fullres"]
+
+
+@pytest.mark.parametrize("facts", [{}, {"0": {"percentile_00_5": 0, "percentile_99_5": 1, "std": 1}}, {"0": {"mean": float("nan")}}])
+def test_a_ct_channel_needs_its_statistics(facts: dict[str, Any]) -> None:
+    plans = table()
+    known = plans["foreground_intensity_properties_per_channel"]["0"]
+    plans["foreground_intensity_properties_per_channel"] = {key: known | one if "mean" in one else one for key, one in facts.items()}
+    with pytest.raises(InputError, match=r"channel 0 \(CT\) is normalised as CT, but (mean|percentile_00_5) in foreground_"):
+        plan_of(plans, "3d_fullres", DATASET)
+    for configuration in plans["configurations"].values():
+        if "normalization_schemes" in configuration:
+            configuration["normalization_schemes"] = ["ZScoreNormalization"]
+    assert plan_of(plans, "3d_fullres", DATASET).normalization == ("ZScoreNormalization",)
 
 
 def test_labels_and_outputs() -> None:

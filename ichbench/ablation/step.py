@@ -169,7 +169,8 @@ def _prepare(task: Task) -> dict[str, Any]:
     write_atomically(task.out / "fingerprint.json", json.dumps(found.to_json(), indent=1).encode())
     write_atomically(task.out / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
     print("\n".join(plan.explain()), flush=True)  # noqa: T201
-    classes = location_classes(cohort.labels.values(), cohort.ignore_label)
+    regions = cohort.rules.targets if cohort.rules.has_regions else ()
+    classes = location_classes(cohort.labels.values(), cohort.ignore_label, regions)
     for name in ids:
         write_prepared(task.out / "cases", prepare_case(cohort.load(name, keep), prepare, plan, classes))
     return {"plan": plan.explain()}

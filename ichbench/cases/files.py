@@ -1,8 +1,9 @@
-"""Bytes in and out: gunzip that cannot be made to explode, and files that appear whole or not at all."""
+"""Bytes in and out: gunzip that cannot be made to explode, and files that appear whole or not at all; JSON."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import secrets
 import zlib
@@ -77,6 +78,17 @@ class BoundedReader:
                 f"{self.path}: holds more data than its header says (over {SLACK_BYTES} bytes more); "
                 "the header is wrong or the file was made to exhaust memory; write it again from its source"
             )
+
+
+def read_json(path: Path, hint: str) -> Any:
+    """The content of a JSON file, a byte-order mark passed over.
+
+    `InputError`, which ends with `hint`, where it cannot be read; also for brackets nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); {hint}") from error
 
 
 def gzip_bytes(data: bytes) -> bytes:

@@ -6,13 +6,13 @@ Three layouts: nnU-Net raw (`dataset.json`), INSTANCE (`data/` and `label/`), an
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ichbench.cases.files import read_json
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import InputError
 
@@ -249,10 +249,7 @@ def _read_table(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); correct it") from error
+    content = read_json(path, "correct it")
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a JSON object {{...}}, but holds a {type(content).__name__}")
     return content

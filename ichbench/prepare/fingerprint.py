@@ -6,6 +6,7 @@ It is taken after the paper's flags have acted, because those change spacing, sh
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.cases.case import Case
+from ichbench.cases.files import read_json
 from ichbench.errors import InputError
 from ichbench.prepare.crop import extent, slices
 
@@ -23,6 +25,10 @@ from ichbench.prepare.crop import extent, slices
 N_SAMPLES = 10**8
 SEED = 1234
 CHUNK = 2**20
+#: what is known of each channel, in nnU-Net's order
+STATISTICS = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
+#: voxels along an axis, and mm, that no scan exceeds (nnU-Net gives the slice of a single picture 999 mm and more)
+MOST_VOXELS, MOST_MM = 10**6, 1e6
 
 Counted = tuple[NDArray[np.float32], NDArray[np.int64]]
 
@@ -57,24 +63,31 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Fingerprint:
-        """Read what `to_json` or nnU-Net wrote."""
+        """Read what `to_json` or nnU-Net wrote; `InputError` where something is missing or cannot have been measured."""
+        if not isinstance(table, Mapping):
+            raise InputError(f"not a dataset fingerprint: it is a {type(table).__name__}, not a table; take it again")
         try:
-            return cls(
+            found = cls(
                 tuple((float(z), float(y), float(x)) for z, y, x in table["spacings"]),
-                tuple((int(z), int(y), int(x)) for z, y, x in table["shapes_after_crop"]),
+                tuple((_whole(z), _whole(y), _whole(x)) for z, y, x in table["shapes_after_crop"]),
                 {str(key): {name: float(one) for name, one in value.items()} for key, value in _sorted_channels(table)},
                 float(table["median_relative_size_after_cropping"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"not a dataset fingerprint: {error!r}; prepare the cohort again") from None
+            wrong = _wrong(found)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+            wrong = repr(error)
+        if wrong:
+            raise InputError(f"not a dataset fingerprint: {wrong}; take it again")
+        return found
 
 
 def read_fingerprint(path: Path, n_cases: int) -> Fingerprint:
     """A fingerprint file, ours or nnU-Net's, of that many cases; `InputError` where it is not one."""
+    table = read_json(path, "give a dataset_fingerprint.json")
     try:
-        found = Fingerprint.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); give a dataset_fingerprint.json") from None
+        found = Fingerprint.from_json(table)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     if len(found.spacings) != n_cases:
         raise InputError(f"{path}: was taken of {len(found.spacings)} cases, but there are {n_cases} training cases; take it again")
     return found
@@ -226,5 +239,36 @@ def _percentile(values: NDArray[np.floating], reached: NDArray[np.int64], percen
     return float(low) + step * share if share < 0.5 else float(high) - step * (1 - share)
 
 
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"whole numbers are needed, not {value!r}")
+    return int(value)
+
+
+def _wrong(found: Fingerprint) -> str | None:
+    """What cannot have been measured, in words."""
+    for spacing in found.spacings:
+        if not all(0 < value <= MOST_MM for value in spacing):
+            return f"the spacing {list(spacing)} is not three positive numbers in mm"
+    for shape in found.shapes_after_crop:
+        if not all(1 <= n <= MOST_VOXELS for n in shape):
+            return f"the shape {list(shape)} is not three numbers of voxels from 1 to {MOST_VOXELS}"
+    if not len(found.spacings) == len(found.shapes_after_crop) > 0:
+        return f"it has {len(found.spacings)} spacings and {len(found.shapes_after_crop)} shapes; each case needs one of both"
+    if list(found.intensities) != [str(index) for index in range(len(found.intensities))] or not found.intensities:
+        return f"the channels are {list(found.intensities)}; they must be numbered from 0"
+    for key, facts in found.intensities.items():
+        for name in STATISTICS:
+            if not math.isfinite(facts.get(name, math.nan)):
+                return f"channel {key}: {name} is {facts.get(name, 'missing')}, but must be a finite number"
+    if not 0 < found.median_relative_size <= 1:
+        return f"median_relative_size_after_cropping is {found.median_relative_size}, but must lie above 0 and not above 1"
+    return None
+
+
 def _sorted_channels(table: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return sorted(table["foreground_intensity_properties_per_channel"].items(), key=lambda item: int(item[0]))
+    key = "foreground_intensity_properties_per_channel"
+    said = table[key]
+    if not isinstance(said, Mapping) or not all(isinstance(facts, Mapping) for facts in said.values()):
+        raise ValueError(f"{key} must hold a table for each channel")
+    return sorted(said.items(), key=lambda item: int(item[0]))

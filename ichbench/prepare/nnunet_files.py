@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.cases.cohort import Cohort
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import read_json, write_atomically
 from ichbench.cases.folders import ENDINGS
 from ichbench.cases.images import read_grid
+from ichbench.cases.labels import declared
 from ichbench.errors import InputError
 from ichbench.recipe import PrepareRecipe
 
@@ -22,13 +23,13 @@ READERS = {".nii.gz": "SimpleITKIO", ".nii": "NibabelIO"}
 def dataset_table(cohort: Cohort) -> dict[str, Any]:
     """The content of nnU-Net's dataset.json: the cohort's own where it has one, else what it declares, in nnU-Net's words."""
     own = cohort.root / DATASET
-    if own.is_file():
-        table: dict[str, Any] = json.loads(own.read_text(encoding="utf-8-sig"))
+    # a cohort.csv was read for what it says itself, whatever else lies beside it
+    if own.is_file() and not (cohort.source is not None and cohort.source.is_file()):
+        table: dict[str, Any] = read_json(own, "correct it")
         return table
-    labels = dict(cohort.labels) | ({} if cohort.ignore_label is None else {"ignore": cohort.ignore_label})
     return {
         "channel_names": {str(index): name for index, name in enumerate(cohort.channel_names)},
-        "labels": labels,
+        **declared(cohort.rules),
         "numTraining": len(cohort.train_ids),
         "file_ending": _ending(cohort),
     }
@@ -42,9 +43,19 @@ def side_files(cohort: Cohort) -> dict[str, str]:
 
 
 def reader_of(cohort: Cohort) -> str:
-    """nnU-Net's class for the cohort's image files: by their ending, unless its dataset.json names one."""
+    """nnU-Net's class for the cohort's image files: by their ending, unless its dataset.json names one.
+
+    Raises `InputError` for a class that would read other voxels than are read here (it turns axes, or is not known).
+    """
     named = str(dataset_table(cohort).get("overwrite_image_reader_writer", "None"))
-    return READERS[_ending(cohort)] if named == "None" else named
+    if named == "None":
+        return READERS[_ending(cohort)]
+    if named not in READERS.values():
+        raise InputError(
+            f"{cohort.root / DATASET}: overwrite_image_reader_writer is {named!r}; images are read here as nnU-Net's "
+            f"{' and '.join(READERS.values())} read them, no other way: name one of these or remove the key"
+        )
+    return named
 
 
 def check_expressible(cohort: Cohort, prepare: PrepareRecipe) -> None:
@@ -54,6 +65,13 @@ def check_expressible(cohort: Cohort, prepare: PrepareRecipe) -> None:
     if changed:
         raise InputError(
             f"nnU-Net's files cannot say prepare.{changed[0]}: it would not apply it; leave out --out, or that key of the recipe"
+        )
+    reader_of(cohort)
+    mapped = {old: new for old, new in (cohort.label_map or {}).items() if old != new}
+    if mapped:
+        raise InputError(
+            f"cohort {cohort.name}: its label_map {mapped} is not known to nnU-Net, which would read the masks as they are; "
+            "leave out --out, or write the masks with the new values and remove label_map"
         )
     if prepare.compatibility == "nnunet":
         return
@@ -90,9 +108,9 @@ def write_files(folder: Path, texts: Mapping[str, str], overwrite: bool = False)
 def with_custom_configurations(path: Path, table: dict[str, Any]) -> dict[str, Any]:
     """As nnU-Net does when it plans again: configurations that somebody added to an existing plans file stay in it."""
     try:
-        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        old = read_json(path, "it is not a plans file: choose another folder or remove it") if path.is_file() else {}
         extra = {name: value for name, value in old.get("configurations", {}).items() if name not in table["configurations"]}
-    except (ValueError, AttributeError) as error:
+    except AttributeError as error:
         raise InputError(f"{path}: is there already and is not a plans file ({error}); choose another folder or remove it") from None
     return table | {"configurations": table["configurations"] | extra}
 

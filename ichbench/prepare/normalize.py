@@ -12,6 +12,8 @@ from ichbench.errors import InputError
 Channel = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 SMALLEST = 1e-8
+#: what CT normalisation takes from the fingerprint
+CT_FACTS = ("percentile_00_5", "percentile_99_5", "mean", "std")
 
 
 def _ct(channel: Channel, properties: Mapping[str, float], _: Mask | None) -> Channel:

@@ -6,7 +6,6 @@ build or prepare (another architecture, preprocessor or resampling) is refused w
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from ichbench.cases.files import read_json
 from ichbench.errors import InputError
 from ichbench.prepare.configuration import Plan
-from ichbench.prepare.normalize import NORMALIZERS
+from ichbench.prepare.normalize import CT_FACTS, NORMALIZERS
 from ichbench.prepare.plans_json import DEPTH_KEY, LABEL_MANAGER, NETWORKS, NORM, PREPROCESSOR, RESAMPLER, RESAMPLING
 from ichbench.prepare.topology import Ints, Network, feature_map_elements
 
 MOST_STAGES = 32
+#: no scan is sampled finer or coarser than this, and no machine holds a larger patch (2**28 voxels: 1 GiB a channel)
+LEAST_MM, MOST_MM, MOST_PATCH_VOXELS, MOST_BATCH = 0.01, 1000.0, 2**28, 10**6
+#: what nnU-Net's resampling takes for an entry that its settings lack (nnunetv2 2.8.1, resample_data_or_seg_to_shape)
+RESAMPLER_DEFAULTS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": False, "separate_z_anisotropy_threshold": 3}
 #: where else a release of nnU-Net says that the same two networks are
 ALIASES: dict[str, Network] = {
     "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet": "residual",
@@ -29,12 +33,13 @@ ALIASES: dict[str, Network] = {
 
 def read_plans(path: Path) -> dict[str, Any]:
     """A plans file as a table; `InputError` where it is not one."""
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); give nnU-Net's plans.json") from error
+    table = read_json(Path(path), "give nnU-Net's plans.json")
     if not isinstance(table, dict) or not isinstance(table.get("configurations"), dict) or not table["configurations"]:
         raise InputError(f"{path}: is not an nnU-Net plans file: it has no configurations; give plans.json of a model or a planner")
+    for key in ("dataset_name", "plans_name"):
+        if not isinstance(table.get(key), str) or not table[key]:
+            came = repr(table[key]) if key in table else "missing"
+            raise InputError(f"{path}: {key} is {came}, but must be a name; take the file as nnU-Net wrote it")
     return table
 
 
@@ -56,7 +61,7 @@ def plan_of(table: Mapping[str, Any], configuration: str, dataset: Mapping[str, 
         raise
     except KeyError as error:
         raise InputError(f"{where}: the entry {error} is missing; plan again with nnU-Net or take a complete file") from None
-    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"{where}: does not read as a plan ({error}); plan again with nnU-Net or correct the file") from None
 
 
@@ -187,8 +192,13 @@ def _check_supported(table: Mapping[str, Any], merged: Mapping[str, Any], kwargs
         "dropout_op": (kwargs.get("dropout_op"), None),
     }
     for kind, settings in RESAMPLING.items():
-        said[f"resampling_fn_{kind}"] = (merged.get(f"resampling_fn_{kind}", RESAMPLER), RESAMPLER)
-        said[f"resampling_fn_{kind}_kwargs"] = ({**settings, **merged.get(f"resampling_fn_{kind}_kwargs", {})}, settings)
+        said[f"resampling_fn_{kind}"] = (merged[f"resampling_fn_{kind}"], RESAMPLER)
+        given = merged[f"resampling_fn_{kind}_kwargs"]
+        if {**RESAMPLER_DEFAULTS, **given} != {**RESAMPLER_DEFAULTS, **settings}:
+            raise InputError(
+                f"{where}: resampling_fn_{kind}_kwargs is {given!r}, but only {settings!r} is built here (what is left out counts as "
+                f"nnU-Net's own default, such as force_separate_z = False); use nnU-Net itself for this model"
+            )
     for scheme in merged["normalization_schemes"]:
         if scheme not in NORMALIZERS:
             raise InputError(f"{where}: the normalization {scheme!r} is not known; known are {', '.join(NORMALIZERS)}")
@@ -203,10 +213,24 @@ def _check_consistent(plan: Plan, where: str) -> None:
         raise InputError(f"{where}: transpose_forward {list(plan.transpose_forward)} and transpose_backward do not undo each other")
     if len(plan.spacing) != plan.dims or len(plan.median_shape) != plan.dims:
         raise InputError(f"{where}: patch_size has {plan.dims} axes, but spacing or median_image_size_in_voxels has not")
+    if math.prod(plan.patch_size) > MOST_PATCH_VOXELS:
+        raise InputError(f"{where}: patch_size {list(plan.patch_size)} has more than {MOST_PATCH_VOXELS:,} voxels; correct the file")
+    if plan.batch_size > MOST_BATCH:
+        raise InputError(f"{where}: batch_size {plan.batch_size:.3g} is above {MOST_BATCH:,}; correct the file")
+    if not all(LEAST_MM <= value <= MOST_MM for value in plan.spacing):
+        raise InputError(f"{where}: spacing {list(plan.spacing)} is not within {LEAST_MM:g} to {MOST_MM:g} mm; correct the file")
     if any(n % by for n, by in zip(plan.patch_size, divisor, strict=True)):
         raise InputError(f"{where}: patch_size {list(plan.patch_size)} is not a multiple of the strides' product {divisor.tolist()}")
     if not len(plan.channels) == len(plan.normalization) == len(plan.use_mask_for_norm):
         raise InputError(f"{where}: normalises {len(plan.normalization)} channels, but dataset.json names {len(plan.channels)}")
+    for index, scheme in enumerate(plan.normalization):
+        facts = plan.intensities.get(str(index), {})
+        for name in CT_FACTS if scheme == "CTNormalization" else ():
+            if not math.isfinite(facts.get(name, math.nan)):
+                raise InputError(
+                    f"{where}: channel {index} ({plan.channels[index]}) is normalised as CT, but {name} in "
+                    f"foreground_intensity_properties_per_channel is {facts.get(name, 'missing')}; it must be a finite number"
+                )
 
 
 def _per_stage(said: Any, n_stages: int, dims: int) -> tuple[Ints, ...]:

@@ -7,8 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ichbench.cases.cohort import Cohort
 from ichbench.prepare.fingerprint import CaseFacts, Fingerprint, case_facts, combine
+from ichbench.prepare.nnunet_files import dataset_table
 from ichbench.prepare.pipeline import flagged_case
 from ichbench.prepare.plan import Plan, Planned, make_plan, plan_all
+from ichbench.prepare.plans_read import count_labels
 from ichbench.recipe import PlanRecipe, PrepareRecipe
 
 
@@ -63,8 +65,11 @@ def cohort_plans(cohort: Cohort, found: Fingerprint, prepare: PrepareRecipe, rec
 
 
 def label_counts(cohort: Cohort) -> tuple[int, int]:
-    """(declared labels, the ignore label among them; outputs of the network, without it)."""
-    return len(cohort.labels) + (cohort.ignore_label is not None), len(cohort.labels)
+    """(entries of dataset.json's `labels`, the ignore label among them; outputs of the network, see `count_labels`).
+
+    A region is one entry, however many values it joins: nnU-Net's memory estimate counts names, not values.
+    """
+    return count_labels(dataset_table(cohort)["labels"])
 
 
 def _neighbours(prepare: PrepareRecipe) -> int:
