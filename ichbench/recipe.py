@@ -262,10 +262,10 @@ class Recipe(Strict):
         return {stage: digest(getattr(self, stage).model_dump(mode="json")) for stage in STAGES}
 
 
-def check_precision(recipe: InferenceRecipe, device: str) -> None:
-    """Raise InputError for a precision that the device does not compute in."""
+def check_precision(recipe: InferenceRecipe, device: str, where: str = "") -> None:
+    """Raise InputError for a precision that the device does not compute in; `where` comes first in the message."""
     if recipe.precision == "fp16" and device.split(":")[0] == "cpu":
-        raise InputError("inference.precision = 'fp16' is for GPUs; use 'fp32', or 'bf16' where the CPU computes in it")
+        raise InputError(f"{where}inference.precision = 'fp16' is for GPUs; use 'fp32', or 'bf16' where the CPU computes in it")
 
 
 #: stages with the field `compatibility`
