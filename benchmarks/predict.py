@@ -6,7 +6,8 @@ small nnU-Net U-Net, trained for some steps on the case itself so that it segmen
 Peer: `nnUNetPredictor.predict_single_npy_array` of nnunetv2, in this process. Seconds are those of the process's CPU, which on an
 idle machine with one thread are the seconds of the clock; sides take turns and the best counts.
 
-`--memory` predicts an empty 512 x 512 x 400 CT with a small network instead and prints the largest resident set.
+`--memory` predicts a 512 x 512 x 400 CT of noise with a network of 2 features instead and prints the largest resident set; it says what the
+image and the logits take. A network of 32 features adds gigabytes of activations (docs/nnunet.md).
 
     pip install . "nnunetv2==2.8.1" && OMP_NUM_THREADS=1 python benchmarks/predict.py [--out benchmarks/results/predict.md]
 """

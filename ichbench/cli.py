@@ -55,7 +55,7 @@ def run_ablation(
     given |= {"workers": workers, "device": device, "threads": threads, "protocol": protocol}
     defaults = read_study_file(settle_study(study))[1].run
     settings = settle(given, defaults)
-    folders = dict(_named_folder(text) for text in predictions or [])
+    folders = _named_folders(predictions or [])
     if dry_run:
         _dry_run(settings, folders)
         return
@@ -114,11 +114,16 @@ def _print_finished(finished: Any) -> None:
         typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in finished.written))
 
 
-def _named_folder(text: str, what: str = "--predictions") -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    if not equals or not name or not folder:
-        raise InputError(f"{what} {text!r} is not understood; give NAME=DIR, such as {what} theirs=masks/")
-    return name, Path(folder)
+def _named_folders(texts: Sequence[str], what: str = "--predictions") -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals or not name or not folder:
+            raise InputError(f"{what} {text!r} is not understood; give NAME=DIR, such as {what} theirs=masks/")
+        if name in folders:
+            raise InputError(f"{what} {name!r} is given twice, for {folders[name]} and {folder}; every folder needs a name of its own")
+        folders[name] = Path(folder)
+    return folders
 
 
 @app.command()
@@ -219,12 +224,16 @@ def predict(
     out: Annotated[Path, typer.Option(help="mask file, or folder when the input is a folder")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     probabilities: Annotated[bool, typer.Option("--probabilities", help="also write <case>.npz, for ichbench select")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks and archives that exist")] = False,
 ) -> None:
-    """Segment a head CT with a trained model; prints the volume in ml."""
+    """Segment a head CT with a trained model; prints the volume in ml.
+
+    A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.
+    """
     from ichbench.ablation.settings import resolve_device
     from ichbench.inference.model import load_model, predict_path
 
-    for done in predict_path(load_model(model, resolve_device(device)), image, out, probabilities):
+    for done in predict_path(load_model(model, resolve_device(device)), image, out, probabilities, overwrite):
         typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
 
 
@@ -239,8 +248,7 @@ def find(
     """Find out where keeping only the largest component raises the Dice."""
     from ichbench.inference.folders import find_in_folders
 
-    if compatibility not in ("ichbench", "nnunet"):
-        raise InputError(f"--compatibility {compatibility!r} is not known; give ichbench or nnunet")
+    _check_compatibility(compatibility)
     if rule.exists():
         raise InputError(f"--rule {rule} exists already; give a new file, nothing is overwritten")
     found = find_in_folders(reference, predictions, dataset_json, compatibility)
@@ -251,6 +259,11 @@ def find(
         )
     found.save(rule)
     typer.echo(f"{len(found.steps)} steps from {found.cases} cases written to {rule}")
+
+
+def _check_compatibility(compatibility: str) -> None:
+    if compatibility not in ("ichbench", "nnunet"):
+        raise InputError(f"--compatibility {compatibility!r} is not known; give ichbench or nnunet")
 
 
 @postprocessing.command()
@@ -276,18 +289,36 @@ def select(
     out: Annotated[Path | None, typer.Option(help="write the choice here (JSON)")] = None,
     dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
     pairs: Annotated[bool, typer.Option(help="also try the mean probabilities of every two models")] = True,
+    compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows leaves no choice, as in nnU-Net")] = "ichbench",
 ) -> None:
     """Choose the best model, or the best two together, by the mean Dice of their cross-validated masks."""
     from ichbench.inference.folders import select_folders
 
-    folders = dict(_named_folder(text, "model") for text in models)
+    _check_compatibility(compatibility)
+    folders = _named_folders(models, "model")
     if out is not None and out.exists():
         raise InputError(f"--out {out} exists already; give a new file, nothing is overwritten")
-    found = select_folders(reference, folders, dataset_json, pairs)
+    found = select_folders(reference, folders, dataset_json, pairs, compatibility)
     for names, dice in found.scores.items():
         typer.echo(f"{' + '.join(names)}: mean Dice {dice:.4f}{'  <- best' if names == found.members else ''}")
     if out is not None:
         found.save(out)
+
+
+@app.command()
+def ensemble(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="what ichbench predict --probabilities wrote, one per model")],
+    out: Annotated[Path, typer.Option(help="folder for the masks")],
+    dataset_json: Annotated[Path | None, typer.Option(help="labels or regions (default: one label per output)")] = None,
+    rule: Annotated[Path | None, typer.Option(help="what `ichbench postprocess find` wrote for this ensemble")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks that exist")] = False,
+) -> None:
+    """Masks of several models' mean probabilities, such as the pair that `ichbench select` chose."""
+    from ichbench.inference.folders import average_folders
+    from ichbench.inference.postprocess import read_postprocessing
+
+    for path in average_folders(folders, out, dataset_json, None if rule is None else read_postprocessing(rule), overwrite):
+        typer.echo(f"{path}")
 
 
 @nnunet.command("import")

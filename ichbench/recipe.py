@@ -237,6 +237,13 @@ class Recipe(Strict):
                 object.__setattr__(self, name, part.model_copy(update={"compatibility": next(iter(said.values()))}))
         return self
 
+    @model_validator(mode="after")
+    def _mirror_axes(self) -> Recipe:
+        axes, dims = self.inference.mirror, self.plan.dims
+        if not isinstance(axes, bool) and any(axis >= dims for axis in axes):
+            raise ValueError(f"inference.mirror names the axes {list(axes)}, but plan.dims = {dims} has the axes {list(range(dims))}")
+        return self
+
     @field_validator("plan", mode="after")
     @classmethod
     def _axes(cls, plan: PlanRecipe) -> PlanRecipe:
@@ -253,6 +260,12 @@ class Recipe(Strict):
     def stage_keys(self) -> dict[str, str]:
         """A digest per stage: equal digests mean that the stage's part of two recipes is equal."""
         return {stage: digest(getattr(self, stage).model_dump(mode="json")) for stage in STAGES}
+
+
+def check_precision(recipe: InferenceRecipe, device: str, where: str = "") -> None:
+    """Raise InputError for a precision that the device does not compute in; `where` comes first in the message."""
+    if recipe.precision == "fp16" and device.split(":")[0] == "cpu":
+        raise InputError(f"{where}inference.precision = 'fp16' is for GPUs; use 'fp32', or 'bf16' where the CPU computes in it")
 
 
 #: stages with the field `compatibility`

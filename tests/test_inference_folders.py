@@ -90,7 +90,7 @@ def probabilities(folder: Path, case: str, foreground: list[float]) -> None:
 def test_select_prints_and_writes_the_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = write(tmp_path / "reference", a="0110")
     one, two = write(tmp_path / "one", a="0100"), write(tmp_path / "two", a="0010")
-    with pytest.raises(InputError, match="m1, m2 has none"):
+    with pytest.raises(InputError, match=r"m1 and m2 lack <case>.npz"):
         run("select", reference, f"m1={one}", f"m2={two}")
     run("select", reference, f"m1={one}", f"m2={two}", "--no-pairs")
     assert "m1: mean Dice 0.6667  <- best" in capsys.readouterr().out
@@ -99,9 +99,74 @@ def test_select_prints_and_writes_the_choice(tmp_path: Path, capsys: pytest.Capt
     run("select", reference, f"m1={one}", f"m2={two}", "--out", tmp_path / "choice.json")
     assert "m1 + m2: mean Dice 1.0000  <- best" in capsys.readouterr().out
     assert json.loads((tmp_path / "choice.json").read_text())["members"] == ["m1", "m2"]
+    out = tmp_path / "mean"
+    run("ensemble", one, two, "--out", out)
+    assert row(out / "a.nii.gz") == "0110"
+    with pytest.raises(InputError, match="exists already"):
+        run("ensemble", one, two, "--out", out)
+    with pytest.raises(InputError, match="one of the folders"):
+        run("ensemble", one, two, "--out", one, "--overwrite")
+    with pytest.raises(InputError, match="each once"):
+        run("ensemble", one, one, "--out", tmp_path / "new")
+    np.savez(two / "b.npz", probabilities=np.zeros((2, 1, 1, 4)))
+    with pytest.raises(InputError, match=r"lacks the mask or <case>.npz of 1 cases \(b\)"):
+        run("ensemble", one, two, "--out", tmp_path / "new")
     np.savez(two / "a.npz", probabilities=np.array([object()]))
     with pytest.raises(InputError, match="not an archive"):
         run("select", reference, f"m1={one}", f"m2={two}")
+
+
+def test_a_name_is_given_once(tmp_path: Path) -> None:
+    reference, one, two = write(tmp_path / "reference", a="0110"), write(tmp_path / "one", a="0100"), write(tmp_path / "two", a="0010")
+    with pytest.raises(InputError, match=r"model 'm' is given twice, for .*one and .*two"):
+        run("select", reference, f"m={one}", f"m={two}", "--no-pairs")
+
+
+def test_select_has_the_switch(tmp_path: Path) -> None:
+    """A label that no case shows makes nnU-Net's mean NaN, so that nothing can be chosen."""
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "a": 1, "b": 2}}))
+    reference, one = write(tmp_path / "reference", a="0110"), write(tmp_path / "one", a="0100")
+    words = ("select", reference, f"m={one}", "--dataset-json", tmp_path / "dataset.json")
+    run(*words)
+    with pytest.raises(InputError, match="no model can be chosen"):
+        run(*words, "--compatibility", "nnunet")
+    with pytest.raises(InputError, match="'v1' is not known"):
+        run(*words, "--compatibility", "v1")
+
+
+def test_the_mean_of_two_models_lies_as_their_masks_do(tmp_path: Path) -> None:
+    """`ichbench predict --probabilities` by two models, averaged: the labels of the mean, in the file's own order."""
+    grid = Grid((6, 20, 22), np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]), file_axes=(1, 2, 0))
+    write_image(tmp_path / "p_0000.nii.gz", np.random.default_rng(0).normal(40, 30, grid.shape_zyx).astype(np.float32), grid)
+    tables = []
+    for seed in (0, 1):
+        write_model(tmp_path / f"model{seed}", small_plan(), seed=seed)
+        out = tmp_path / f"out{seed}"
+        run("predict", tmp_path / f"model{seed}", tmp_path / "p_0000.nii.gz", "--out", out, "--device", "cpu", "--probabilities")
+        tables.append(np.load(out / "p.npz")["probabilities"])
+    run("ensemble", tmp_path / "out0", tmp_path / "out1", "--out", tmp_path / "mean")
+    made = nibabel.load(tmp_path / "mean/p.nii.gz")
+    np.testing.assert_array_equal(np.asarray(made.dataobj).T, (tables[0] + tables[1]).argmax(0))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(made.affine, nibabel.load(tmp_path / "p_0000.nii.gz").affine)  # type: ignore[attr-defined]
+    assert 0 < np.asarray(made.dataobj).mean() < 1  # type: ignore[attr-defined]
+
+
+def test_an_ensemble_of_regions_with_a_rule(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, "all": [1, 2], "core": 2}, "regions_class_order": [1, 2]})
+    )
+    Postprocessing(((1, 2),)).save(tmp_path / "rule.json")
+    folders = [write(tmp_path / name, a="0000000") for name in ("one", "two")]
+    for folder, all_, core in zip(folders, ([0, 0.9, 0.9, 0, 0, 0.9, 0], [0, 0.2, 0.9, 0, 0, 0.9, 0]), (0.8, 0.3), strict=True):
+        heads = np.array([all_, [0, 0, core, 0, 0, 0, 0]], np.float32).reshape(2, 1, 1, 7)
+        np.savez(folder / "a.npz", probabilities=heads)
+    words = ("ensemble", *folders, "--dataset-json", tmp_path / "dataset.json", "--out")
+    run(*words, tmp_path / "out")
+    assert row(tmp_path / "out/a.nii.gz") == "0120010"
+    run(*words, tmp_path / "tidy", "--rule", tmp_path / "rule.json")
+    assert row(tmp_path / "tidy/a.nii.gz") == "0120000"
+    with pytest.raises(InputError, match="declares no labels"):
+        run("ensemble", *folders, "--dataset-json", tmp_path / "none.json", "--out", tmp_path / "new")
 
 
 @pytest.mark.parametrize("order", ["kji", "ikj"])

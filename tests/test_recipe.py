@@ -188,6 +188,12 @@ def test_compatibility_is_one_switch() -> None:
         make_recipe({"inference": {"compatibility": "theirs"}})
 
 
+def test_mirror_axes_are_those_of_the_network() -> None:
+    with pytest.raises(InputError, match=r"mirror names the axes \[0, 2\], but plan.dims = 2 has the axes \[0, 1\]"):
+        make_recipe({"plan": {"dims": 2}, "inference": {"mirror": [0, 2]}})
+    assert make_recipe({"plan": {"dims": 2}, "inference": {"mirror": [0, 1]}}).inference.mirror == (0, 1)
+
+
 def test_mirroring_is_a_switch_or_axes() -> None:
     assert make_recipe({"inference": {"mirror": [0, 2]}}).inference.mirror == (0, 2)
     assert Recipe.model_validate_json(make_recipe({"inference": {"mirror": [1]}}).model_dump_json()).inference.mirror == (1,)

@@ -142,6 +142,15 @@ def test_another_studys_folder_is_refused_and_left_alone(
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_a_precision_for_gpus_is_refused_before_training(small_phantom: Path, tmp_path: Path) -> None:
+    from conftest import TINY
+
+    (tmp_path / "half.toml").write_text(TINY + 'precision = "fp16"\n')
+    with pytest.raises(InputError, match=r"arm base: inference.precision = 'fp16' is for GPUs"):
+        run(small_phantom, tmp_path / "half.toml", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_predict_gives_the_mask_of_the_study(finished: tuple[Finished, Path, Path], small_phantom: Path, tmp_path: Path) -> None:
     _, out, _ = finished
     tools = load_model(out / "models/base-foldfull-seed0")

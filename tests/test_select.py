@@ -41,7 +41,10 @@ def test_a_pair_that_is_better_wins() -> None:
 def test_ties_go_to_the_first_and_to_single_models() -> None:
     assert best(HALF, OTHER, pairs=False) == ("2d",)
     assert best(OTHER, HALF, pairs=False) == ("3d",)
-    assert best(HALF, OTHER, WHOLE) == ("big",)
+    found = find_best([HALF, OTHER, WHOLE], ["a", "b"], REFERENCE.__getitem__, RULES)
+    assert found.members == ("big",)
+    # every pair is as good as the winner, and comes later
+    assert [dice for names, dice in found.scores.items() if names == ("big",) or len(names) == 2] == [1.0] * 4
 
 
 def test_the_ignore_label_and_regions_count() -> None:
@@ -57,11 +60,12 @@ def test_the_ignore_label_and_regions_count() -> None:
         heads: NDArray[np.float32] = np.array(rows, np.float32).reshape(2, 1, 1, 6)
         return Candidate(name, lambda _: rules.from_probabilities(heads), lambda _: heads)
 
+    # by hand: `one` has the whole right and a false core voxel (1, 2/3); `two` has another one, outside the whole (4/5, 2/3)
     one = model("one", [[0, 0.9, 0.9, 0, 0, 0], [0, 0.6, 0.6, 0, 0, 0]])
     two = model("two", [[0, 0.9, 0.9, 0, 0, 0], [0, 0.2, 0.6, 0, 0, 0.6]])
     found = find_best([one, two], ["a"], lambda _: core, rules)
     assert found.members == ("one", "two")
-    assert found.scores["one", "two"] == np.mean([0.8, 0.8]) or found.scores["one", "two"] > found.scores["one",]
+    assert found.scores == pytest.approx({("one",): (1 + 2 / 3) / 2, ("two",): (4 / 5 + 2 / 3) / 2, ("one", "two"): 1.0}, abs=1e-12)
 
 
 def test_a_class_that_is_nowhere_does_not_decide() -> None:
@@ -86,5 +90,5 @@ def test_it_is_stored_as_json(tmp_path: Path) -> None:
 def test_what_cannot_be_chosen_from() -> None:
     with pytest.raises(InputError, match="names of their own"):
         find_best([HALF, HALF], ["a"], REFERENCE.__getitem__, RULES)
-    with pytest.raises(InputError, match="big has none"):
+    with pytest.raises(InputError, match=r"big lacks <case>.npz .* ichbench predict --probabilities, .* --no-pairs"):
         find_best([HALF, Candidate("big", HALF.mask)], ["a"], REFERENCE.__getitem__, RULES)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
+from ichbench.inference import sliding
 from ichbench.inference.sliding import gaussian_weights, half_weights, mirrorings, predict_logits, tile_starts
 from ichbench.recipe import InferenceRecipe
 
@@ -119,6 +120,29 @@ def test_every_tile_has_the_patch_size_and_slices_go_together() -> None:
     seen.clear()
     predict_logits(network, image(1, 11, 16, 7), Plan(2, (16, 16)), PLAIN)
     assert seen == [(8, 1, 16, 16), (3, 1, 16, 16)]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_large_tiles_go_alone_and_give_the_same(monkeypatch: pytest.MonkeyPatch, dims: int) -> None:
+    """Two tiles at once need twice the memory, which a large patch does not have."""
+    torch.manual_seed(0)
+    conv = (nn.Conv2d if dims == 2 else nn.Conv3d)(1, 2, 3, padding=1)
+    seen: list[int] = []
+
+    def network(x: Tensor) -> Tensor:
+        seen.append(x.shape[0])
+        return conv(x)
+
+    patch, x = (8, 16, 16)[-dims:], image(1, 8, 40, 40)
+    slices = 8 if dims == 2 else 1
+    pairs = predict_logits(network, x, Plan(dims, patch), PLAIN)
+    assert set(seen[:-1]) == {2 * slices}
+    seen.clear()
+    monkeypatch.setattr(sliding, "PAIR_VOXELS", slices * int(np.prod(patch)) - 1)
+    monkeypatch.setattr(sliding, "SMALL_ELEMENTS", 0)
+    np.testing.assert_allclose(predict_logits(network, x, Plan(dims, patch), PLAIN), pairs, atol=1e-6)
+    assert set(seen) == {slices}
+    assert 16 * 128 * 128 <= 2**18 < 20 * 128 * 128
 
 
 def test_a_slice_does_not_see_its_neighbours() -> None:

@@ -22,6 +22,7 @@ from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.splits import write_splits
 from ichbench.errors import InputError
+from ichbench.recipe import check_precision
 
 #: the embedded default cohort. Its seed was chosen so that all five kinds of bleed are in training and test, and that no test case is
 #: without a bleed: there the official rules make the Hausdorff distance infinite for every arm (facts A1), and a column says nothing
@@ -53,6 +54,9 @@ class Finished:
 def plan_run(settings: Settings, predictions: dict[str, Path]) -> Planned:
     """Resolve arms, cohort, folds and steps; makes the output folder (and the phantom in it) but computes nothing else."""
     study = make_study(settings.study, settings.preset, predictions)
+    for arm in study.arms:
+        # else every arm is trained before its first prediction fails
+        check_precision(arm.recipe.inference, settings.device, f"arm {arm.name}: ")
     check_out(settings, study)
     cohort = phantom_cohort(settings.out / "cohort") if settings.cohort == PHANTOM else open_cohort(Path(settings.cohort), study)
     folds = parse_folds(settings.folds or default_folds(cohort))

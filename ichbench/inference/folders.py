@@ -1,4 +1,4 @@
-"""Post-processing and model choice on folders of masks: what the commands `ichbench postprocess` and `ichbench select` do."""
+"""Post-processing, model choice and ensembles on folders: what `ichbench postprocess`, `ichbench select` and `ichbench ensemble` do."""
 
 from __future__ import annotations
 
@@ -95,8 +95,56 @@ def select_folders(
     return find_best(candidates, list(references), truth, rules, pairs, compatibility)
 
 
+def average_folders(
+    folders: Sequence[Path], out: Path, dataset_json: Path | None = None, rule: Postprocessing | None = None, overwrite: bool = False
+) -> Iterator[Path]:
+    """The masks of the mean of several models' probabilities, case by case, as `ichbench predict --probabilities` left them.
+
+    Every folder holds `<case>.npz` and `<case>.nii.gz` (or .nii) of the same cases; masks lie on the grid of the first folder's.
+    Labels are one per output, unless `dataset_json` declares others or regions. Nothing is computed when a target exists already.
+    """
+    # imported here: what only finds a rule for masks needs no torch
+    from ichbench.inference.ensemble import check_heads, mean_probabilities
+
+    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+        raise InputError(f"an ensemble needs two folders or more, each once, but got {', '.join(map(str, folders))}")
+    masks = [files_by_case(folder) for folder in folders]
+    cases = sorted({case for found in masks for case in found} | {path.stem for folder in folders for path in folder.glob("*.npz")})
+    if not cases:
+        raise InputError(f"{folders[0]} holds no masks with probabilities; write them with ichbench predict --probabilities")
+    for folder, found in zip(folders, masks, strict=True):
+        lacking = [case for case in cases if case not in found or not (folder / f"{case}.npz").is_file()]
+        if lacking:
+            raise InputError(
+                f"{folder} lacks the mask or <case>.npz of {len(lacking)} cases ({', '.join(lacking[:5])}); every folder needs both for "
+                "the same cases: ichbench predict --probabilities"
+            )
+    targets = {case: out / masks[0][case].name for case in cases}
+    there = [target for target in targets.values() if target.exists()]
+    # a source is never replaced, not even with `overwrite`
+    if any(out.resolve() == folder.resolve() for folder in folders):
+        raise InputError(f"--out {out} is one of the folders to average; give another")
+    if there and not overwrite:
+        raise InputError(f"{there[0]} exists already; give a new folder with --out, or --overwrite")
+    declared = None if dataset_json is None else _rules(dataset_json, {})
+    for case in cases:
+        for found in masks[1:]:
+            _on_grid_of(masks[0][case], found[case])
+        grid = read_grid(masks[0][case], keep_file_order=True)
+        mean = mean_probabilities(_read_probabilities(folder / f"{case}.npz") for folder in folders)
+        if mean.shape[1:] != grid.shape_zyx:
+            raise InputError(f"case {case}: probabilities of shape {mean.shape} do not fit the mask {masks[0][case]} of {grid.shape_zyx}")
+        rules = plain_rules(len(mean)) if declared is None else declared
+        check_heads(len(mean), rules)
+        labels = rules.from_probabilities(mean)
+        labels = labels if rule is None else rule.apply(labels).astype(np.int16)
+        out.mkdir(parents=True, exist_ok=True)
+        write_labels(targets[case], labels, grid)
+        yield targets[case]
+
+
 def _rules(path: Path, references: Mapping[str, Path]) -> LabelRules:
-    if not path.is_file():
+    if not path.is_file() and references:
         highest = max(int(read_labels(file)[0].max()) for file in references.values())
         return plain_rules(max(highest, 1) + 1)
     try:

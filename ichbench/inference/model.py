@@ -23,14 +23,14 @@ from ichbench.cases.case import Case, Grid
 from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_image, reorient, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
-from ichbench.errors import InputError
+from ichbench.errors import CaseError, InputError
 from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import UNet, check_topology, make_unet
 from ichbench.network.weights import load_weights
 from ichbench.prepare.normalize import NORMALIZERS
 from ichbench.prepare.plan import Plan
-from ichbench.recipe import NetworkRecipe, PrepareRecipe, Recipe
+from ichbench.recipe import NetworkRecipe, PrepareRecipe, Recipe, check_precision
 
 SUFFIXES = (".nii.gz", ".nii")
 #: intensities are computed in single precision
@@ -173,20 +173,54 @@ def _first_stage(model: Model) -> Callable[[Case], NDArray[np.int16]]:
     return labels_of
 
 
-def predict_path(model: Model, image: Path, out: Path, probabilities: bool = False) -> Iterator[Predicted]:
+def predict_path(model: Model, image: Path, out: Path, probabilities: bool = False, overwrite: bool = False) -> Iterator[Predicted]:
     """Segment one image, or every image of a folder; masks lie on their image's own grid. An input is never overwritten.
 
     A model of several channels takes the files `case_0000.nii.gz`, `case_0001.nii.gz`, ...; one of them names the case.
-    With `probabilities` an archive `<mask's name>.npz` lies beside each mask, as nnU-Net writes it.
+    With `probabilities` an archive `<mask's name>.npz` lies beside each mask, as nnU-Net writes it. Files that exist are refused
+    before anything is computed, unless `overwrite` is set. In a folder a case that fails does not stop the others: CaseError
+    names all that failed at the end.
     """
+    check_precision(model.tools.inference, model.tools.device)
     cases = find_images(image, model.channel_names)
+    targets = _targets(cases, image, out, probabilities, overwrite)
+    failed: dict[str, Exception] = {}
     for case_id, files in cases.items():
-        name = case_id + _suffix(files[0])
-        target = out if not image.is_dir() and not out.is_dir() and out.name.endswith(SUFFIXES) else out / name
-        for source in files:
-            if target.resolve() == source.resolve():
-                raise InputError(f"--out {out} would overwrite the image {source}; give another file or folder")
-        yield _predict_files(model, case_id, files, target, probabilities)
+        try:
+            done = _predict_files(model, case_id, files, targets[case_id], probabilities)
+        except (InputError, CaseError) as error:
+            if len(cases) == 1:
+                raise
+            failed[case_id] = error
+        else:
+            yield done
+    if failed:
+        said = "".join(f"\n  {case_id}: {error}" for case_id, error in failed.items())
+        raise CaseError(f"{len(failed)} of {len(cases)} cases have no mask; the others were written{said}")
+
+
+def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, probabilities: bool, overwrite: bool) -> Mapping[str, Path]:
+    """Case -> its mask's file; InputError for an `--out` that fits no input, an input among the targets, or an existing file."""
+    named = out.name.endswith(SUFFIXES)
+    if not out.is_dir():
+        if image.is_dir() and (named or out.exists()):
+            raise InputError(f"{image} is a folder, so --out must be a folder too, but {out} is a file or named like one")
+        if not named and (out.exists() or re.fullmatch(r"\.[A-Za-z]\w*", out.suffix)):
+            raise InputError(
+                f"--out {out} is neither a folder nor a name ending in {' or '.join(SUFFIXES)}; make a folder with a dot first"
+            )
+    single = named and not image.is_dir() and not out.is_dir()
+    targets = {case_id: out if single else out / (case_id + _suffix(files[0])) for case_id, files in cases.items()}
+    sources = {source.resolve(): source for files in cases.values() for source in files}
+    written = [*targets.values(), *(_archive(target) for target in targets.values() if probabilities)]
+    for target in written:
+        if target.resolve() in sources:
+            raise InputError(f"--out {out} would overwrite the image {sources[target.resolve()]}; give another file or folder")
+    there = [target for target in written if target.exists()]
+    if there and not overwrite:
+        more = f" and {len(there) - 1} more" if there[1:] else ""
+        raise InputError(f"{there[0]}{more} would be overwritten; nothing was computed: give another --out, or --overwrite")
+    return targets
 
 
 def find_images(image: Path, channel_names: Sequence[str]) -> dict[str, tuple[Path, ...]]:
@@ -274,7 +308,7 @@ def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Pa
     case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
     if probabilities:
         prediction, table = predict_with_probabilities(case, model.tools)
-        _write_probabilities(target.with_name(f"{_stem(target)}.npz"), table, case.grid)
+        _write_probabilities(_archive(target), table, case.grid)
     else:
         prediction = predict_unet(case, model.tools)
     labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
@@ -289,6 +323,10 @@ def _write_probabilities(path: Path, table: NDArray[np.float32], grid: Grid) -> 
     packed = io.BytesIO()
     np.savez_compressed(packed, probabilities=np.transpose(table[(slice(None), *flips)], (0, *to_file)))
     write_atomically(path, packed.getvalue())
+
+
+def _archive(mask: Path) -> Path:
+    return mask.with_name(f"{_stem(mask)}.npz")
 
 
 def _channels(channel_names: Sequence[str]) -> str:

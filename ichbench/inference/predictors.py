@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from ichbench.errors import InputError
 from ichbench.inference.postprocess import Postprocessing
 from ichbench.prepare.pipeline import Prepared, prepare_case, restore_labels
 from ichbench.prepare.plan import Plan
+from ichbench.prepare.window import warn_constant
 from ichbench.recipe import InferenceRecipe, PrepareRecipe, ThresholdRecipe
 
 if TYPE_CHECKING:
@@ -100,12 +101,26 @@ def _logits(case: Case, tools: Tools) -> tuple[NDArray[np.floating], Prepared, L
         raise InputError("the unet predictor needs at least one trained network")
     plan = _plan(tools)
     unlabelled = Case(case.id, case.image_czyx, None, case.grid)
+    flat = _flat_notes(case)
     prepared = prepare_case(unlabelled, tools.prepare, plan)
+    prepared = replace(prepared, notes=(*flat, *prepared.notes))
     image = prepared.image_czyx
     if tools.previous is not None:
         image = with_previous(unlabelled, tools.previous(case), prepared, tools.prepare, plan, tools.rules)
     logits = fold_logits(tools.networks, image, plan, tools.inference, tools.device, case.id)
     return logits, prepared, tools.rules or plain_rules(len(logits))
+
+
+def _flat_notes(case: Case) -> tuple[str, ...]:
+    """Channels with one value throughout: an empty export or the wrong file, to which a network still gives some answer."""
+    flat = [index for index, channel in enumerate(case.image_czyx) if channel.min() == channel.max()]
+    notes = tuple(
+        f"case {case.id}: every voxel of channel {index} is {case.image_czyx[index].flat[0]:g}; this is no head CT, the mask means nothing"
+        for index in flat
+    )
+    for note in notes:
+        warn_constant(note)
+    return notes
 
 
 def predict_threshold(case: Case, tools: Tools) -> Prediction:

@@ -79,7 +79,8 @@ def find_best(
     lacking = [candidate.name for candidate in candidates if candidate.probabilities is None]
     if pairs and lacking and len(candidates) > 1:
         raise InputError(
-            f"pairs of models are averaged by their probabilities, but {', '.join(lacking)} has none; give them or turn pairs off"
+            f"pairs of models are averaged by their probabilities, but {' and '.join(lacking)} {'lack' if lacking[1:] else 'lacks'} "
+            "<case>.npz for some case or all; write them with ichbench predict --probabilities, or leave pairs out with --no-pairs"
         )
 
     def combined(case: str, first: Candidate, second: Candidate) -> Labels:

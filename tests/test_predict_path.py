@@ -1,0 +1,114 @@
+"""`ichbench predict` on files: where masks go, what is never overwritten, and files that are no head CT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from model_folders import small_plan, write_model
+
+from ichbench.cases.case import Grid
+from ichbench.cases.images import read_labels, write_image
+from ichbench.errors import CaseError, InputError
+from ichbench.inference import model as module
+from ichbench.inference.model import Model, load_model, predict_path
+from ichbench.prepare.window import ConstantImageWarning
+
+GRID = Grid((6, 20, 22), np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return load_model(write_model(tmp_path / "model", small_plan(), overlay={"inference": {"mirror": False}}))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for seed, name in enumerate("abc"):
+        image = np.random.default_rng(seed).normal(40, 20, GRID.shape_zyx).astype(np.float32)
+        write_image(tmp_path / f"images/{name}_0000.nii.gz", image, GRID)
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("there", ["out/c.nii.gz", "out/c.npz"])
+def test_a_file_that_exists_is_refused_before_anything_is_computed(model: Model, images: Path, tmp_path: Path, there: str) -> None:
+    old = tmp_path / there
+    old.parent.mkdir()
+    old.write_bytes(b"a week's work")
+    with pytest.raises(InputError, match=f"{there} would be overwritten; nothing was computed: .*--overwrite"):
+        list(predict_path(model, images, tmp_path / "out", probabilities=True))
+    assert [path.name for path in old.parent.iterdir()] == [old.name]
+    assert old.read_bytes() == b"a week's work"
+    assert len(list(predict_path(model, images, tmp_path / "out", probabilities=True, overwrite=True))) == 3
+    assert len(list(old.parent.iterdir())) == 6
+    assert old.read_bytes() != b"a week's work"
+
+
+def test_a_single_mask_that_exists_is_refused(model: Model, images: Path, tmp_path: Path) -> None:
+    old = tmp_path / "mask.nii.gz"
+    old.write_bytes(b"a week's work")
+    with pytest.raises(InputError, match=r"mask.nii.gz would be overwritten"):
+        list(predict_path(model, images / "a_0000.nii.gz", old))
+    assert old.read_bytes() == b"a week's work"
+    list(predict_path(model, images / "a_0000.nii.gz", old, overwrite=True))
+    assert read_labels(old)[0].shape == GRID.shape_zyx
+    with pytest.raises(InputError, match="would overwrite the image"):
+        list(predict_path(model, images / "a_0000.nii.gz", images / "a_0000.nii.gz", overwrite=True))
+
+
+def test_no_image_of_the_folder_is_overwritten(model: Model, images: Path) -> None:
+    """Masks beside images: `a.nii.gz` of `a_0000.nii.gz` is none of the images, `d.nii.gz` of `d.nii.gz` is."""
+    (images / "d.nii.gz").write_bytes((images / "a_0000.nii.gz").read_bytes())
+    with pytest.raises(InputError, match=r"would overwrite the image .*d.nii.gz"):
+        list(predict_path(model, images, images, overwrite=True))
+    assert len(list(images.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("image", "out", "said"),
+    [
+        ("a_0000.nii.gz", "mask.mha", "neither a folder nor a name ending in .nii.gz or .nii"),
+        ("a_0000.nii.gz", "mask.gz", "neither a folder"),
+        ("a_0000.nii.gz", "notes", "neither a folder"),
+        (".", "new.nii.gz", "is a folder, so --out must be a folder too"),
+        (".", "notes", "is a folder, so --out must be a folder too"),
+        (".", "mask.mha", "neither a folder"),
+    ],
+)
+def test_an_out_that_fits_no_input(model: Model, images: Path, tmp_path: Path, image: str, out: str, said: str) -> None:
+    (tmp_path / "notes").write_text("precious")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=said):
+        list(predict_path(model, images / image, tmp_path / out))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_folders_with_dots(model: Model, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "masks.new").mkdir()
+    for out in ("masks.new", "run1.2"):
+        (done,) = predict_path(model, images / "a_0000.nii.gz", tmp_path / out)
+        assert done.path == tmp_path / out / "a.nii.gz"
+
+
+def test_one_bad_file_does_not_stop_the_others(model: Model, images: Path, tmp_path: Path) -> None:
+    (images / "b_0000.nii.gz").write_bytes(b"no image")
+    done = []
+    with pytest.raises(CaseError, match=r"1 of 3 cases have no mask; the others were written\n  b: .*b_0000.nii.gz"):
+        done.extend(one.path.name for one in predict_path(model, images, tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+
+
+def test_an_image_with_one_value_is_said_to_be_none(model: Model, images: Path, tmp_path: Path) -> None:
+    write_image(images / "b_0000.nii.gz", np.zeros(GRID.shape_zyx, np.float32), GRID)
+    with pytest.warns(ConstantImageWarning, match="every voxel of channel 0 is 0"):
+        (done,) = predict_path(model, images / "b_0000.nii.gz", tmp_path / "b.nii.gz")
+    assert done.notes == ("case b: every voxel of channel 0 is 0; this is no head CT, the mask means nothing",)
+    assert next(predict_path(model, images / "a_0000.nii.gz", tmp_path / "a.nii.gz")).notes == ()
+
+
+def test_half_precision_is_refused_before_an_image_is_read(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(write_model(tmp_path / "half", small_plan(), overlay={"inference": {"precision": "fp16"}}))
+    monkeypatch.setattr(module, "read_case", lambda *_: pytest.fail("an image was read"))
+    with pytest.raises(InputError, match="'fp16' is for GPUs"):
+        list(predict_path(model, images, tmp_path / "out"))
