@@ -13,7 +13,7 @@ from model_folders import small_plan, write_model
 
 from ichbench.cases.case import Grid
 from ichbench.cases.images import read_labels, write_image, write_labels
-from ichbench.cli import app
+from ichbench.cli import ablation, app
 from ichbench.errors import InputError
 from ichbench.inference.folders import apply_to_folder, find_in_folders, select_folders
 from ichbench.inference.model import load_model, predict_path
@@ -120,6 +120,8 @@ def test_a_name_is_given_once(tmp_path: Path) -> None:
     reference, one, two = write(tmp_path / "reference", a="0110"), write(tmp_path / "one", a="0100"), write(tmp_path / "two", a="0010")
     with pytest.raises(InputError, match=r"model 'm' is given twice, for .*one and .*two"):
         run("select", reference, f"m={one}", f"m={two}", "--no-pairs")
+    with pytest.raises(InputError, match="--predictions 'm' is given twice"):
+        ablation(["phe", "--dry-run", "--predictions", f"m={one}", "--predictions", f"m={two}"], standalone_mode=False)
 
 
 def test_select_has_the_switch(tmp_path: Path) -> None:
