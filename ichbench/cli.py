@@ -1,14 +1,20 @@
-"""The command line: parse, call one function, print. Heavy imports live inside the commands."""
+"""The command line: parse, call one function, print. Heavy imports live inside the commands.
+
+Those about models and plans have files of their own in commands/.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ichbench.commands.models import ensemble, nnunet, postprocessing, predict, select
+from ichbench.commands.named import named_folders
+from ichbench.commands.plans import fingerprint, plan
 from ichbench.errors import CaseError, InputError
 
 app = typer.Typer(
@@ -19,10 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-postprocessing = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
-nnunet = typer.Typer(help="Trained models from nnU-Net v2 and to it.", no_args_is_help=True)
-app.add_typer(nnunet, name="nnunet")
+app.add_typer(nnunet, name="nnunet", help="Trained models from nnU-Net v2 and to it.")
+for command in (fingerprint, plan, predict, select, ensemble):
+    app.command()(command)
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 INTERRUPTED = 75
@@ -55,7 +61,7 @@ def run_ablation(
     given |= {"workers": workers, "device": device, "threads": threads, "protocol": protocol}
     defaults = read_study_file(settle_study(study))[1].run
     settings = settle(given, defaults)
-    folders = _named_folders(predictions or [])
+    folders = named_folders(predictions or [])
     if dry_run:
         _dry_run(settings, folders)
         return
@@ -112,18 +118,6 @@ def _print_finished(finished: Any) -> None:
         typer.echo(f"failed, {label}: {message}", err=True)
     if finished.written:
         typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in finished.written))
-
-
-def _named_folders(texts: Sequence[str], what: str = "--predictions") -> dict[str, Path]:
-    folders: dict[str, Path] = {}
-    for text in texts:
-        name, equals, folder = text.partition("=")
-        if not equals or not name or not folder:
-            raise InputError(f"{what} {text!r} is not understood; give NAME=DIR, such as {what} theirs=masks/")
-        if name in folders:
-            raise InputError(f"{what} {name!r} is given twice, for {folders[name]} and {folder}; every folder needs a name of its own")
-        folders[name] = Path(folder)
-    return folders
 
 
 @app.command()
@@ -218,151 +212,6 @@ def _mean_interval(metric: str, values: Sequence[float]) -> tuple[float, float]:
 
 
 @app.command()
-def predict(
-    model: Annotated[Path, typer.Argument(help="a model folder, such as RUN/models/base-foldfull-seed0")],
-    image: Annotated[Path, typer.Argument(help="one head CT (.nii.gz), or a folder of them")],
-    out: Annotated[Path, typer.Option(help="mask file, or folder when the input is a folder")],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="also write <case>.npz, for ichbench select")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks and archives that exist")] = False,
-) -> None:
-    """Segment a head CT with a trained model; prints the volume in ml.
-
-    A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.
-    """
-    from ichbench.ablation.settings import resolve_device
-    from ichbench.inference.model import load_model, predict_path
-
-    for done in predict_path(load_model(model, resolve_device(device)), image, out, probabilities, overwrite):
-        typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
-
-
-@postprocessing.command()
-def find(
-    reference: Annotated[Path, typer.Argument(help="folder of reference masks, or an nnU-Net data set")],
-    predictions: Annotated[Path, typer.Argument(help="cross-validated masks of the same cases")],
-    rule: Annotated[Path, typer.Option(help="write the rule here (JSON)")],
-    dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
-    compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows stops the union, as in nnU-Net")] = "ichbench",
-) -> None:
-    """Find out where keeping only the largest component raises the Dice."""
-    from ichbench.inference.folders import find_in_folders
-
-    _check_compatibility(compatibility)
-    if rule.exists():
-        raise InputError(f"--rule {rule} exists already; give a new file, nothing is overwritten")
-    found = find_in_folders(reference, predictions, dataset_json, compatibility)
-    for trial in found.trials:
-        labels = ", ".join(map(str, trial.keep_largest))
-        typer.echo(
-            f"largest component of {labels}: Dice {trial.before:.4f} -> {trial.after:.4f}, {'kept' if trial.accepted else 'not kept'}"
-        )
-    found.save(rule)
-    typer.echo(f"{len(found.steps)} steps from {found.cases} cases written to {rule}")
-
-
-def _check_compatibility(compatibility: str) -> None:
-    if compatibility not in ("ichbench", "nnunet"):
-        raise InputError(f"--compatibility {compatibility!r} is not known; give ichbench or nnunet")
-
-
-@postprocessing.command()
-def apply(
-    predictions: Annotated[Path, typer.Argument(help="one mask, or a folder of them")],
-    rule: Annotated[Path, typer.Option(help="what `ichbench postprocess find` wrote")],
-    out: Annotated[Path, typer.Option(help="new folder for the masks")],
-) -> None:
-    """Apply a rule to masks; prints how many voxels each lost."""
-    from ichbench.inference.folders import apply_to_folder
-    from ichbench.inference.postprocess import read_postprocessing
-
-    for path, removed in apply_to_folder(read_postprocessing(rule), predictions, out):
-        typer.echo(f"{path}: {removed} voxels removed")
-
-
-@app.command()
-def select(
-    reference: Annotated[Path, typer.Argument(help="folder of reference masks, or an nnU-Net data set")],
-    models: Annotated[
-        list[str], typer.Argument(metavar="NAME=DIR...", help="cross-validated masks, and <case>.npz probabilities for pairs")
-    ],
-    out: Annotated[Path | None, typer.Option(help="write the choice here (JSON)")] = None,
-    dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
-    pairs: Annotated[bool, typer.Option(help="also try the mean probabilities of every two models")] = True,
-    compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows leaves no choice, as in nnU-Net")] = "ichbench",
-) -> None:
-    """Choose the best model, or the best two together, by the mean Dice of their cross-validated masks."""
-    from ichbench.inference.folders import select_folders
-
-    _check_compatibility(compatibility)
-    folders = _named_folders(models, "model")
-    if out is not None and out.exists():
-        raise InputError(f"--out {out} exists already; give a new file, nothing is overwritten")
-    found = select_folders(reference, folders, dataset_json, pairs, compatibility)
-    for names, dice in found.scores.items():
-        typer.echo(f"{' + '.join(names)}: mean Dice {dice:.4f}{'  <- best' if names == found.members else ''}")
-    if out is not None:
-        found.save(out)
-
-
-@app.command()
-def ensemble(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="what ichbench predict --probabilities wrote, one per model")],
-    out: Annotated[Path, typer.Option(help="folder for the masks")],
-    dataset_json: Annotated[Path | None, typer.Option(help="labels or regions (default: one label per output)")] = None,
-    rule: Annotated[Path | None, typer.Option(help="what `ichbench postprocess find` wrote for this ensemble")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks that exist")] = False,
-) -> None:
-    """Masks of several models' mean probabilities, such as the pair that `ichbench select` chose."""
-    from ichbench.inference.folders import average_folders
-    from ichbench.inference.postprocess import read_postprocessing
-
-    for path in average_folders(folders, out, dataset_json, None if rule is None else read_postprocessing(rule), overwrite):
-        typer.echo(f"{path}")
-
-
-@nnunet.command("import")
-def nnunet_import(
-    folder: Annotated[Path, typer.Argument(help="nnU-Net's result folder, DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION")],
-    out: Annotated[Path, typer.Option(help="new model folder, for ichbench predict")],
-    checkpoint: Annotated[str, typer.Option(help="final or best")] = "final",
-    folds: Annotated[str | None, typer.Option(help="such as 0,1 or all (default: every numbered fold there is)")] = None,
-    previous: Annotated[Path | None, typer.Option(help="first stage of a cascade (default: the folder beside it)")] = None,
-) -> None:
-    """Make a model folder of a trained nnU-Net (weights of one or more folds). Nothing from it is executed; hostile files are refused."""
-    from ichbench.inference.nnunet_import import import_nnunet
-
-    chosen = None if folds is None else [name.strip() for name in folds.split(",") if name.strip()]
-    done = import_nnunet(folder, out, checkpoint, chosen, previous)
-    typer.echo("\n".join([f"{done.trainer}, fold {', '.join(done.folds)}, mirror axes {list(done.mirror_axes)}", *done.plan.explain()]))
-    for note in done.notes:
-        typer.echo(f"warning: {note}")
-    typer.echo(f"\nwritten: {done.folder}; use it with: ichbench predict {done.folder} IMAGE --out MASK")
-
-
-@nnunet.command("export")
-def nnunet_export(
-    model: Annotated[Path, typer.Argument(help="a model folder, or RUN/ARM for all folds and seeds of an arm")],
-    out: Annotated[Path, typer.Option(help="folder for DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION, such as nnUNet_results")],
-    dataset: Annotated[str | None, typer.Option(help="name of the data set, such as Dataset501_PHE")] = None,
-    with_prepared: Annotated[
-        Path | None, typer.Option(help="images to write as the recipe's flags leave them, along with the model")
-    ] = None,
-) -> None:
-    """Write a result folder from which nnU-Net v2 predicts. Recipes with flags that nnU-Net does not know need --with-prepared."""
-    from ichbench.inference.nnunet_export import export_nnunet
-
-    done = export_nnunet(model, out, dataset, with_prepared)
-    for fold, source in done.folds.items():
-        typer.echo(f"fold_{fold}: {source}")
-    for note in done.notes:
-        typer.echo(f"note: {note}")
-    if done.images:
-        typer.echo(f"{len(done.images)} prepared images in {done.images[0].parent}")
-    typer.echo(f"\nwritten: {done.folder}; use it with: nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m {done.folder}")
-
-
-@app.command()
 def board(
     scores: Annotated[list[Path], typer.Argument(help="one or more scores.csv, or folders that hold one")],
     out: Annotated[Path | None, typer.Option(help="write board.csv and board.md here")] = None,
@@ -426,134 +275,6 @@ def validate(cohort: Annotated[Path, typer.Argument(help="a cohort folder or coh
         typer.echo(f"  {problem}")
     if problems:
         raise typer.Exit(2)
-
-
-@app.command()
-def fingerprint(
-    cohort: Annotated[Path, typer.Argument(help="a cohort folder or cohort.csv")],
-    recipe: Annotated[str | None, typer.Option(help="an arm (name or TOML file) whose flags act first")] = None,
-    compatibility: Annotated[str | None, typer.Option(help="ichbench, or nnunet: axes, draws and digits as nnU-Net's")] = None,
-    out: Annotated[Path | None, typer.Option(help="write dataset_fingerprint.json and dataset.json into this folder")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files in --out that say something else")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="cases read at once (default: every available core)")] = None,
-) -> None:
-    """Measure the training cases: spacings, shapes, grey values of the foreground. nnU-Net's dataset_fingerprint.json."""
-    from ichbench.prepare.explain import explain_fingerprint
-    from ichbench.prepare.window import flagged_channel_names
-
-    found, measured, chosen = _measured(cohort, recipe, compatibility, None, out is not None, workers)
-    typer.echo("\n".join(explain_fingerprint(measured, flagged_channel_names(found.channel_names, chosen.prepare))))
-    _how_drawn(chosen)
-    if out is not None:
-        _write_nnunet(out, found, {"dataset_fingerprint.json": measured.to_text()}, overwrite)
-
-
-@app.command()
-def plan(
-    cohort: Annotated[Path, typer.Argument(help="a cohort folder or cohort.csv")],
-    recipe: Annotated[str | None, typer.Option(help="an arm (name or TOML file); its prepare and plan tables are taken")] = None,
-    family: Annotated[str | None, typer.Option(help="nnU-Net's planner: plain, resenc_m, resenc_l, resenc_xl, resenc")] = None,
-    memory_gb: Annotated[float | None, typer.Option(help="GPU memory to plan for (default: the family's own)")] = None,
-    spacing: Annotated[str | None, typer.Option(help="working spacing z,y,x in mm instead of nnU-Net's rule")] = None,
-    compatibility: Annotated[str | None, typer.Option(help="ichbench, or nnunet: axes, draws and digits as nnU-Net's")] = None,
-    fingerprint: Annotated[Path | None, typer.Option(help="a dataset_fingerprint.json of this cohort, to save measuring")] = None,
-    out: Annotated[Path | None, typer.Option(help="write fingerprint, plans and dataset.json as in nnUNet_preprocessed")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files in --out that say something else")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="cases read at once (default: every available core)")] = None,
-) -> None:
-    """Plan networks as nnU-Net does, and say why: spacing, patch, batch, low-resolution stage. Every configuration at once."""
-    from ichbench.prepare.explain import explain_planned, planned_table
-    from ichbench.prepare.nnunet_files import reader_of, with_custom_configurations
-    from ichbench.prepare.plans_json import plans_table, plans_text
-    from ichbench.prepare.survey import cohort_plans, label_counts
-    from ichbench.prepare.topology import FAMILIES
-
-    given = {"family": family, "memory_gb": memory_gb, "target_spacing_zyx_mm": None if spacing is None else _three_numbers(spacing)}
-    overlay = {"plan": {key: value for key, value in given.items() if value is not None}}
-    found, measured, chosen = _measured(cohort, recipe, compatibility, overlay, out is not None, workers, fingerprint)
-    planner = FAMILIES[chosen.plan.family]
-    planned = cohort_plans(found, measured, chosen.prepare, chosen.plan)
-    n_cases, n_labels = len(measured.spacings), label_counts(found)[0]
-    typer.echo(f"cohort {found.name}: {n_cases} training cases; planner {chosen.plan.family} (nnU-Net's {planner.planner})\n")
-    typer.echo("\n".join(explain_planned(planned, planner, n_labels, n_cases)))
-    typer.echo("\n" + "\n".join(planned_table(planned)))
-    if out is not None:
-        plans = {name: sized.plan for name, sized in planned.configurations.items()}
-        table = plans_table(plans, measured, found.name, chosen.plan.family, reader=reader_of(found))
-        name = f"{planner.plans_name}.json"
-        table = with_custom_configurations(out / name, table)
-        _write_nnunet(out, found, {"dataset_fingerprint.json": measured.to_text(), name: plans_text(table)}, overwrite)
-
-
-def _measured(
-    cohort: Path,
-    arm: str | None,
-    compatibility: str | None,
-    overlay: dict[str, Any] | None,
-    for_nnunet: bool,
-    workers: int | None,
-    fingerprint: Path | None = None,
-) -> tuple[Any, Any, Any]:
-    """The cohort, its fingerprint (read, if a file is given) and the recipe."""
-    from ichbench.arms import load_overlay
-    from ichbench.cases.cohort import read_cohort
-    from ichbench.prepare.fingerprint import read_fingerprint
-    from ichbench.prepare.nnunet_files import check_expressible, reader_of
-    from ichbench.prepare.survey import cohort_fingerprint
-    from ichbench.recipe import make_recipe
-    from ichbench.scoring.folders import available_cores
-
-    below = load_overlay(arm)[1] if arm is not None else {}
-    switch = {} if compatibility is None else {"prepare": {"compatibility": compatibility}}
-    chosen = make_recipe(below, switch, overlay or {}, source="command line" if arm is None else arm)
-    found = read_cohort(cohort, reorient=chosen.prepare.reorient)
-    if not found.train_ids:
-        raise InputError(f"{cohort}: has no training cases, which are what is measured")
-    if for_nnunet:
-        check_expressible(found, chosen.prepare)
-    elif chosen.prepare.compatibility == "nnunet":
-        reader_of(found)
-    if fingerprint is not None:
-        return found, read_fingerprint(fingerprint, len(found.train_ids)), chosen
-    n_cases = len(found.train_ids)
-    n_workers = min(available_cores(), n_cases) if workers is None else workers
-    measured = cohort_fingerprint(found, found.train_ids, chosen.prepare, n_workers, _counted(n_cases))
-    return found, measured, chosen
-
-
-def _counted(n_cases: int) -> Callable[[str], None]:
-    """Shows on a terminal, and only there, how many cases were measured."""
-    done: list[str] = []
-
-    def show(case_id: str) -> None:
-        done.append(case_id)
-        if sys.stderr.isatty():
-            end = "\n" if len(done) == n_cases else ""
-            typer.echo(f"\rmeasured {len(done)} of {n_cases} cases{end}", err=True, nl=False)
-
-    return show
-
-
-def _how_drawn(chosen: Any) -> None:
-    if chosen.prepare.compatibility == "nnunet":
-        typer.echo("Drawn as nnU-Net draws them, so its file comes out to the last digit.")
-    else:
-        typer.echo("Computed from all voxels; --compatibility nnunet repeats nnU-Net's random draw instead.")
-
-
-def _write_nnunet(out: Path, cohort: Any, texts: dict[str, str], overwrite: bool) -> None:
-    from ichbench.prepare.nnunet_files import side_files, write_files
-
-    done = write_files(out, texts | side_files(cohort), overwrite)
-    typer.echo("\nin nnU-Net's layout:\n" + "\n".join(f"  {path} ({what})" for path, what in done))
-
-
-def _three_numbers(text: str) -> tuple[float, ...]:
-    try:
-        first, second, third = (float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--spacing {text!r} is not understood; give three numbers in mm, z,y,x, such as 5,0.45,0.45") from None
-    return first, second, third
 
 
 def main() -> None:

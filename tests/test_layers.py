@@ -95,6 +95,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     "board": ("summary", "effects", "render", "check"),
     "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "recheck"),
     "progress": (),
+    "commands": ("named", "models", "plans"),
     "cli": (),
 }
 PLACE = {

@@ -1,0 +1,156 @@
+"""Commands about trained models: predict, post-process, choose, average, and nnU-Net's in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ichbench.commands.named import named_folders
+from ichbench.errors import InputError
+
+postprocessing = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+nnunet = typer.Typer(no_args_is_help=True)
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(help="a model folder, such as RUN/models/base-foldfull-seed0")],
+    image: Annotated[Path, typer.Argument(help="one head CT (.nii.gz), or a folder of them")],
+    out: Annotated[Path, typer.Option(help="mask file, or folder when the input is a folder")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="also write <case>.npz, for ichbench select")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks and archives that exist")] = False,
+) -> None:
+    """Segment a head CT with a trained model; prints the volume in ml.
+
+    A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.
+    """
+    from ichbench.ablation.settings import resolve_device
+    from ichbench.inference.model import load_model, predict_path
+
+    for done in predict_path(load_model(model, resolve_device(device)), image, out, probabilities, overwrite):
+        typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
+
+
+@postprocessing.command()
+def find(
+    reference: Annotated[Path, typer.Argument(help="folder of reference masks, or an nnU-Net data set")],
+    predictions: Annotated[Path, typer.Argument(help="cross-validated masks of the same cases")],
+    rule: Annotated[Path, typer.Option(help="write the rule here (JSON)")],
+    dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
+    compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows stops the union, as in nnU-Net")] = "ichbench",
+) -> None:
+    """Find out where keeping only the largest component raises the Dice."""
+    from ichbench.inference.folders import find_in_folders
+
+    _check_compatibility(compatibility)
+    if rule.exists():
+        raise InputError(f"--rule {rule} exists already; give a new file, nothing is overwritten")
+    found = find_in_folders(reference, predictions, dataset_json, compatibility)
+    for trial in found.trials:
+        labels = ", ".join(map(str, trial.keep_largest))
+        typer.echo(
+            f"largest component of {labels}: Dice {trial.before:.4f} -> {trial.after:.4f}, {'kept' if trial.accepted else 'not kept'}"
+        )
+    found.save(rule)
+    typer.echo(f"{len(found.steps)} steps from {found.cases} cases written to {rule}")
+
+
+@postprocessing.command()
+def apply(
+    predictions: Annotated[Path, typer.Argument(help="one mask, or a folder of them")],
+    rule: Annotated[Path, typer.Option(help="what `ichbench postprocess find` wrote")],
+    out: Annotated[Path, typer.Option(help="new folder for the masks")],
+) -> None:
+    """Apply a rule to masks; prints how many voxels each lost."""
+    from ichbench.inference.folders import apply_to_folder
+    from ichbench.inference.postprocess import read_postprocessing
+
+    for path, removed in apply_to_folder(read_postprocessing(rule), predictions, out):
+        typer.echo(f"{path}: {removed} voxels removed")
+
+
+def select(
+    reference: Annotated[Path, typer.Argument(help="folder of reference masks, or an nnU-Net data set")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME=DIR...", help="cross-validated masks, and <case>.npz probabilities for pairs")
+    ],
+    out: Annotated[Path | None, typer.Option(help="write the choice here (JSON)")] = None,
+    dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
+    pairs: Annotated[bool, typer.Option(help="also try the mean probabilities of every two models")] = True,
+    compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows leaves no choice, as in nnU-Net")] = "ichbench",
+) -> None:
+    """Choose the best model, or the best two together, by the mean Dice of their cross-validated masks."""
+    from ichbench.inference.folders import select_folders
+
+    _check_compatibility(compatibility)
+    folders = named_folders(models, "model")
+    if out is not None and out.exists():
+        raise InputError(f"--out {out} exists already; give a new file, nothing is overwritten")
+    found = select_folders(reference, folders, dataset_json, pairs, compatibility)
+    for names, dice in found.scores.items():
+        typer.echo(f"{' + '.join(names)}: mean Dice {dice:.4f}{'  <- best' if names == found.members else ''}")
+    if out is not None:
+        found.save(out)
+
+
+def ensemble(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="what ichbench predict --probabilities wrote, one per model")],
+    out: Annotated[Path, typer.Option(help="folder for the masks")],
+    dataset_json: Annotated[Path | None, typer.Option(help="labels or regions (default: one label per output)")] = None,
+    rule: Annotated[Path | None, typer.Option(help="what `ichbench postprocess find` wrote for this ensemble")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks that exist")] = False,
+) -> None:
+    """Masks of several models' mean probabilities, such as the pair that `ichbench select` chose."""
+    from ichbench.inference.folders import average_folders
+    from ichbench.inference.postprocess import read_postprocessing
+
+    for path in average_folders(folders, out, dataset_json, None if rule is None else read_postprocessing(rule), overwrite):
+        typer.echo(f"{path}")
+
+
+@nnunet.command("import")
+def nnunet_import(
+    folder: Annotated[Path, typer.Argument(help="nnU-Net's result folder, DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION")],
+    out: Annotated[Path, typer.Option(help="new model folder, for ichbench predict")],
+    checkpoint: Annotated[str, typer.Option(help="final or best")] = "final",
+    folds: Annotated[str | None, typer.Option(help="such as 0,1 or all (default: every numbered fold there is)")] = None,
+    previous: Annotated[Path | None, typer.Option(help="first stage of a cascade (default: the folder beside it)")] = None,
+) -> None:
+    """Make a model folder of a trained nnU-Net (weights of one or more folds). Nothing from it is executed; hostile files are refused."""
+    from ichbench.inference.nnunet_import import import_nnunet
+
+    chosen = None if folds is None else [name.strip() for name in folds.split(",") if name.strip()]
+    done = import_nnunet(folder, out, checkpoint, chosen, previous)
+    typer.echo("\n".join([f"{done.trainer}, fold {', '.join(done.folds)}, mirror axes {list(done.mirror_axes)}", *done.plan.explain()]))
+    for note in done.notes:
+        typer.echo(f"warning: {note}")
+    typer.echo(f"\nwritten: {done.folder}; use it with: ichbench predict {done.folder} IMAGE --out MASK")
+
+
+@nnunet.command("export")
+def nnunet_export(
+    model: Annotated[Path, typer.Argument(help="a model folder, or RUN/ARM for all folds and seeds of an arm")],
+    out: Annotated[Path, typer.Option(help="folder for DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION, such as nnUNet_results")],
+    dataset: Annotated[str | None, typer.Option(help="name of the data set, such as Dataset501_PHE")] = None,
+    with_prepared: Annotated[
+        Path | None, typer.Option(help="images to write as the recipe's flags leave them, along with the model")
+    ] = None,
+) -> None:
+    """Write a result folder from which nnU-Net v2 predicts. Recipes with flags that nnU-Net does not know need --with-prepared."""
+    from ichbench.inference.nnunet_export import export_nnunet
+
+    done = export_nnunet(model, out, dataset, with_prepared)
+    for fold, source in done.folds.items():
+        typer.echo(f"fold_{fold}: {source}")
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+    if done.images:
+        typer.echo(f"{len(done.images)} prepared images in {done.images[0].parent}")
+    typer.echo(f"\nwritten: {done.folder}; use it with: nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m {done.folder}")
+
+
+def _check_compatibility(compatibility: str) -> None:
+    if compatibility not in ("ichbench", "nnunet"):
+        raise InputError(f"--compatibility {compatibility!r} is not known; give ichbench or nnunet")
