@@ -33,8 +33,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ichbench.cases.case import Case, Grid
+from ichbench.cases.labels import plain_rules
 from ichbench.inference.predictors import Tools, predict_unet
-from ichbench.network.losses import dice_ce
+from ichbench.network.losses import Supervision, dice_ce
 from ichbench.network.unet import UNet, make_unet
 from ichbench.prepare.fingerprint import fingerprint
 from ichbench.prepare.pipeline import prepare_case
@@ -146,7 +147,7 @@ def train(network: nn.Module, case: Case, plan: Plan, prepare: PrepareRecipe, st
         images = torch.from_numpy(np.stack([image[(slice(None), *box)] for box in boxes]))
         target = torch.from_numpy(np.stack([labels[box] for box in boxes])).long()
         answer = network(images)
-        loss = dice_ce(answer[0] if isinstance(answer, list) else answer, target, True, None)
+        loss = dice_ce(answer[0] if isinstance(answer, list) else answer, target, Supervision(plain_rules(2), True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -216,7 +217,6 @@ def timed(sides: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, 
 
 
 def pieces(case: Case, recipe: InferenceRecipe, prepare: PrepareRecipe, plan: Plan, network: UNet, device: str) -> dict[str, float]:
-    from ichbench.cases.labels import plain_rules
     from ichbench.inference.ensemble import fold_logits, native_labels
 
     clock = [time.process_time()]

@@ -167,7 +167,13 @@ class TrainingRecipe(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 3e-5
     poly_exponent: Annotated[float, Field(ge=0)] = 0.9
     gradient_clip: Positive = 12.0
-    loss: Literal["dice_ce", "dice", "ce"] = "dice_ce"
+    #: topk: the cross-entropy of the hardest tenth of the voxels; with regions the cross-entropy is binary, one per region
+    loss: Literal["dice_ce", "dice", "ce", "dice_topk", "topk"] = "dice_ce"
+    #: factors of the two terms of dice_ce and dice_topk
+    dice_weight: Positive = 1.0
+    ce_weight: Positive = 1.0
+    #: weights of the cross-entropy, one per output of the network (background first; with regions one per region)
+    class_weights: Literal["equal"] | Annotated[tuple[Positive, ...], Field(min_length=1)] = "equal"
     #: auto: nnU-Net's rule (pooled over the batch in 2D and below a cascade)
     batch_dice: Literal["auto"] | bool = "auto"
     foreground_share: Probability = 0.33
@@ -266,6 +272,17 @@ def check_precision(recipe: InferenceRecipe, device: str, where: str = "") -> No
     """Raise InputError for a precision that the device does not compute in; `where` comes first in the message."""
     if recipe.precision == "fp16" and device.split(":")[0] == "cpu":
         raise InputError(f"{where}inference.precision = 'fp16' is for GPUs; use 'fp32', or 'bf16' where the CPU computes in it")
+
+
+def check_loss(recipe: TrainingRecipe, outputs: Sequence[str], regions: bool, where: str = "") -> None:
+    """Raise InputError for a loss that does not fit the network's outputs, which are regions or labels; `where` comes first."""
+    if regions and "topk" in recipe.loss:
+        raise InputError(f"{where}training.loss = {recipe.loss!r} needs labels that exclude each other, but the cohort declares regions")
+    if recipe.class_weights != "equal" and len(recipe.class_weights) != len(outputs):
+        raise InputError(
+            f"{where}training.class_weights has {len(recipe.class_weights)} numbers, but the network has {len(outputs)} outputs: "
+            f"{', '.join(outputs)}; give one number for each"
+        )
 
 
 #: stages with the field `compatibility`

@@ -16,8 +16,8 @@ from ichbench.errors import InputError
 from ichbench.scoring import PROTOCOLS, Score, aggregate, read_scores, score_pairs
 from ichbench.scoring.exports import Targets, case_counts, metrics_json, protocol_facts, protocol_json, protocol_path, summary_json
 from ichbench.scoring.folders import score_each
-from ichbench.scoring.layouts import Labels
 from ichbench.scoring.pairs import Scored, Settings
+from ichbench.scoring.score import Labels
 
 
 def refuse(name: str) -> None:

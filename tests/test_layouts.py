@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ichbench.errors import InputError
-from ichbench.scoring.layouts import case_id, check_labels, files_by_case, find_pairs, references_in, regions_of, with_images
+from ichbench.scoring.layouts import case_id, check_labels, files_by_case, find_pairs, references_in, with_images
+from ichbench.scoring.score import regions_of
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -231,13 +231,51 @@ def test_cases_that_change_after_planning_are_noticed(small_phantom: Path, tmp_p
     assert "changed since the study was planned" in " ".join(done.failed.values())
 
 
-def test_an_ignore_label_is_refused_before_anything_runs(small_phantom: Path, tmp_path: Path, tiny_preset: Path) -> None:
-    folder = tmp_path / "cohort"
-    shutil.copytree(small_phantom, folder)
+def with_regions(source: Path, folder: Path) -> Path:
+    """The phantom with two labels by slice parity, two regions, and every seventh column not annotated."""
+    shutil.copytree(source, folder)
     table = json.loads((folder / "dataset.json").read_text())
-    table["labels"]["ignore"] = 2
+    table |= {"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]}
+    for record in read_cohort(source).records:
+        assert record.label is not None
+        labels, grid = read_labels(record.label)
+        odd = (np.arange(len(labels)) % 2).astype(labels.dtype)
+        labels = labels * (1 + odd[:, None, None])
+        labels[:, :, ::7] = 3
+        write_labels(folder / record.label.relative_to(source), labels, grid)
     (folder / "dataset.json").write_text(json.dumps(table))
-    with pytest.raises(InputError, match="ignore label"):
+    return folder
+
+
+def test_regions_and_an_ignore_label_go_through_the_whole_line(small_phantom: Path, tmp_path: Path, tiny_preset: Path) -> None:
+    """Prepare, train, predict, score and the published model: a network of two regions, its floor and its ceiling."""
+    folder = with_regions(small_phantom, tmp_path / "cohort")
+    done, _ = run(folder, tiny_preset, tmp_path / "out", 'why = "x"\nbase = "base"\n')
+    assert (done.failed, done.code) == ({}, 0)
+    rows = read_scores(tmp_path / "out/scores.csv")
+    assert {row.metric for row in rows if row.metric.startswith("dice")} == {"dice", "dice/core", "dice/whole"}
+    value = {(row.arm, row.case, row.metric): row.value for row in rows}
+    for (arm, case, metric), found in value.items():
+        if metric == "dice":
+            assert found == value[arm, case, "dice/whole"], "the union of all labels is the region of all labels"
+        if metric == "reference_ml" and arm == "base":
+            labels, grid = read_labels(read_cohort(folder).record(case).label or Path())
+            assert found == pytest.approx(np.count_nonzero((labels == 1) | (labels == 2)) * grid.voxel_ml)
+    assert min(found for (arm, _, metric), found in value.items() if arm == "ceiling_base" and metric == "dice/core") > 0.9
+    model = load_model(tmp_path / "out/models/base-foldfull-seed0")
+    assert model.tools.rules == read_cohort(folder).rules
+    written = list(predict_path(model, folder / "imagesTs", tmp_path / "masks"))
+    assert {one.path.name for one in written} == {f"{case}.nii.gz" for case in read_cohort(folder).test_ids}
+    for one in written:
+        assert set(np.unique(read_labels(one.path)[0])) <= {0, 1, 2}
+
+
+def test_a_loss_that_does_not_fit_the_labels_is_refused_before_anything_runs(
+    small_phantom: Path, tmp_path: Path, tiny_preset: Path
+) -> None:
+    folder = with_regions(small_phantom, tmp_path / "cohort")
+    tiny_preset.write_text(tiny_preset.read_text().replace("[training]", '[training]\nloss = "dice_topk"'))
+    with pytest.raises(InputError, match=r"arm base: training\.loss = 'dice_topk' needs labels that exclude each other"):
         run(folder, tiny_preset, tmp_path / "out")
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
+from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.sliding import predict_logits
 from ichbench.network.losses import LOSSES
@@ -19,6 +21,7 @@ from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights
 from ichbench.recipe import AugmentRecipe, EarlyStopping, InferenceRecipe, NetworkRecipe, TrainingRecipe
 from ichbench.training.patches import TrainingCase, TrainingWarning
+from ichbench.training.supervision import count_hits, dice_of
 from ichbench.training.trainer import OPTIMIZERS, TrainResult, train
 
 torch.set_num_threads(1)
@@ -177,6 +180,75 @@ def test_bad_settings(tmp_path: Path) -> None:
         quick(tmp_path, cases=4)
     with pytest.warns(TrainingWarning, match="cannot act"):
         quick(tmp_path, early_stopping=EarlyStopping(patience_epochs=500))
+
+
+def shells(cases: list[TrainingCase], ignore: int | None = None) -> list[TrainingCase]:
+    """The ball's core (2) and rim (1); with `ignore`, a random half of each volume is not annotated."""
+    made = []
+    for number, case in enumerate(cases):
+        ball = case.labels_zyx > 0
+        labels = (ball.astype(np.int16) + ndimage.binary_erosion(ball, iterations=1)).astype(np.int16)
+        places = {(1, 2): np.argwhere(labels > 0), (2,): np.argwhere(labels == 2)}
+        if ignore is not None:
+            labels[np.random.default_rng(number).random(labels.shape) < 0.5] = ignore
+            places = {(1, 2): np.argwhere((labels > 0) & (labels != ignore)), (2,): np.argwhere(labels == 2)}
+            places[-1, 0, 1, 2] = np.argwhere(labels != ignore)
+        made.append(replace(case, image_czyx=case.image_czyx + 2 * (case.labels_zyx + ball)[None], labels_zyx=labels, foreground=places))
+    return made
+
+
+@pytest.mark.parametrize("ignore", [None, 3])
+def test_learns_regions_that_overlap_with_and_without_an_ignore_label(ignore: int | None, tmp_path: Path) -> None:
+    rules = LabelRules(("whole", "core"), ((1, 2), (2,)), (1, 2), ignore)
+    recipe = QUICK.model_copy(update={"epochs": 6, "iterations_per_epoch": 15, "validation_iterations": 4, "moving_average": 0.0})
+    cases, validation = shells(blob_cases(6), ignore), shells(blob_cases(4, 50), ignore)
+    result = train(cases, validation, SOLID, NetworkRecipe(), recipe, 0, tmp_path, rules=rules)
+    whole, core = (value or 0.0 for value in result.pseudo_dice)
+    assert whole > 0.85
+    assert core > 0.6
+    # the two heads are two answers: each region against the voxels of a case that training never saw
+    network = make_unet(SOLID, NetworkRecipe(), seed=9)
+    load_weights(network, result.final)
+    one = shells(blob_cases(1, 99))[0]
+    found = predict_logits(network, one.image_czyx, SOLID, InferenceRecipe(mirror=False)) > 0
+    for head, labels in enumerate(((1, 2), (2,))):
+        truth = np.isin(one.labels_zyx, labels)
+        assert 2 * (found[head] & truth).sum() / (found[head].sum() + truth.sum()) > 0.5
+
+
+def test_what_does_not_fit_the_labels_is_refused(tmp_path: Path) -> None:
+    three = LabelRules(("a", "b"), (1, 2))
+    regions = LabelRules(("whole", "core"), ((1, 2), (2,)), (1, 2))
+    weights = QUICK.model_copy(update={"class_weights": (1.0, 2.0, 3.0)})
+    for rules, recipe, said in (
+        (three, QUICK, "2 outputs, the cohort's labels need 3"),
+        (regions, QUICK.model_copy(update={"loss": "dice_topk"}), "exclude each other"),
+        (None, weights, "3 numbers, but the network has 2 outputs: background, label 1"),
+        (regions, weights, "2 outputs: whole, core"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train(blob_cases(2), [], SOLID, NetworkRecipe(), recipe, 0, tmp_path, rules=rules)
+        assert not list(tmp_path.iterdir())
+
+
+def test_class_weights_and_the_weights_of_the_terms_reach_the_loss(tmp_path: Path) -> None:
+    base = quick(tmp_path / "base")
+    for changes in ({"class_weights": (1.0, 5.0)}, {"dice_weight": 2.0}, {"ce_weight": 2.0}):
+        assert quick(tmp_path / next(iter(changes)), **changes).final_sha256 != base.final_sha256
+
+
+def test_pseudo_dice_of_plain_labels_counts_voxels() -> None:
+    """Against numpy, and the ignored voxels on neither side."""
+    rng = np.random.default_rng(3)
+    logits, labels = torch.from_numpy(rng.standard_normal((2, 3, 4, 5, 6))), torch.from_numpy(rng.integers(0, 4, (2, 4, 5, 6)))
+    counts = count_hits(logits, labels, plain_rules(3, 3))
+    found, truth = logits.numpy().argmax(1), labels.numpy()
+    for label in (1, 2):
+        kept = truth != 3
+        shared, both = ((found == label) & (truth == label)).sum(), ((found == label) & kept).sum() + (truth == label).sum()
+        assert counts[label - 1].tolist() == [shared, both]
+        assert dice_of(counts)[label - 1] == pytest.approx(2 * shared / both)
+    assert math.isnan(dice_of(np.zeros((1, 2)))[0])
 
 
 @pytest.mark.parametrize("name", list(LOSSES))

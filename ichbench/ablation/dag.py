@@ -123,7 +123,7 @@ class _Maker:
                 {
                     "protocol": self.protocol,
                     "cases": self._digests(part.evaluate),
-                    "labels": self.cohort.labels,
+                    "labels": self.cohort.rules.to_json(),
                     "sources": sources_digest("score"),
                     "environment": {name: version(name) for name in ("numpy", "scipy")},
                 },
@@ -143,7 +143,7 @@ class _Maker:
             "inference": recipe.inference.model_copy(update={"postprocess": "off"}).model_dump(mode="json"),
             "prepare": recipe.prepare.model_dump(mode="json"),
             "cases": self._digests(part.evaluate),
-            "labels": self.cohort.labels,
+            "labels": self.cohort.rules.to_json(),
             "sources": sources_digest("predict"),
             "environment": self._environment(),
         }
@@ -180,7 +180,7 @@ class _Maker:
             "cases": self._digests(part.evaluate),
             "known": self._digests(tuple(name for names in folds.values() for name in names)),
             "compatibility": arm.recipe.inference.compatibility,
-            "labels": self.cohort.labels,
+            "labels": self.cohort.rules.to_json(),
             "sources": sources_digest("postprocess"),
             "environment": {name: version(name) for name in ("numpy", "scipy")},
         }
@@ -192,7 +192,7 @@ class _Maker:
             "prepare": arm.recipe.prepare.model_dump(mode="json"),
             "plan": arm.recipe.plan.model_dump(mode="json"),
             "cases": self._digests(self.cohort.train_ids),
-            "labels": self.cohort.labels,
+            "labels": self.cohort.rules.to_json(),
             "channels": list(self.cohort.channel_names),
             "sources": sources_digest("prepare"),
             "environment": {name: version(name) for name in ("numpy", "scipy")},
@@ -203,6 +203,7 @@ class _Maker:
         spec = {
             "network": arm.recipe.network.model_dump(mode="json"),
             "training": arm.recipe.training.model_dump(mode="json"),
+            "labels": self.cohort.rules.to_json(),
             "train": list(part.train),
             "validate": list(part.validate),
             "seed": seed,

@@ -16,13 +16,13 @@ from ichbench.ablation.facts import run_notes, write_run
 from ichbench.ablation.folds import default_folds, parse_folds, used_split
 from ichbench.ablation.settings import PHANTOM, Settings
 from ichbench.ablation.step import result_of
-from ichbench.ablation.study import Study, make_study
+from ichbench.ablation.study import UNTRAINED, Study, make_study
 from ichbench.board.render import Board, build_board, write_board
 from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.splits import write_splits
 from ichbench.errors import InputError
-from ichbench.recipe import check_precision
+from ichbench.recipe import check_loss, check_precision
 
 #: the embedded default cohort. Its seed was chosen so that all five kinds of bleed are in training and test, and that no test case is
 #: without a bleed: there the official rules make the Hausdorff distance infinite for every arm (facts A1), and a column says nothing
@@ -67,16 +67,9 @@ def plan_run(settings: Settings, predictions: dict[str, Path]) -> Planned:
 def open_cohort(path: Path, study: Study) -> Cohort:
     """Read a cohort; refuse what a study cannot train on, and mixed orientations unless every arm reorients."""
     cohort = read_cohort(path)
-    if cohort.rules.has_regions:
-        raise InputError(
-            f"cohort {cohort.name} declares regions ({', '.join(cohort.rules.names)}); training does not support them yet: "
-            "give every label one integer, and score the regions afterwards"
-        )
-    if cohort.ignore_label is not None:
-        raise InputError(
-            f"cohort {cohort.name} declares an ignore label ({cohort.ignore_label}); training does not support one yet: "
-            "map it to background with a label_map, or leave those cases out"
-        )
+    for arm in study.arms:
+        if arm.recipe.inference.predictor not in UNTRAINED:
+            check_loss(arm.recipe.training, cohort.rules.outputs, cohort.rules.has_regions, f"arm {arm.name}: ")
     if not all(arm.recipe.prepare.reorient or arm.recipe.prepare.compatibility == "nnunet" for arm in study.arms):
         check_orientations(cohort)
     return cohort

@@ -177,6 +177,7 @@ def _prepare(task: Task) -> dict[str, Any]:
 
 
 def _train(task: Task) -> dict[str, Any]:
+    from ichbench.cases.labels import rules_from_json
     from ichbench.prepare.plan import Plan
     from ichbench.prepare.store import read_prepared
     from ichbench.recipe import NetworkRecipe, TrainingRecipe
@@ -203,6 +204,7 @@ def _train(task: Task) -> dict[str, Any]:
         task.out,
         task.device,
         task.threads,
+        rules=rules_from_json(task.spec["labels"]),
     )
     about = {name: getattr(result, name) for name in ("epochs", "best_epoch", "moving_average", "pseudo_dice", "stopped_early")}
     return {"training": about | {"final_sha256": result.final_sha256, "best_sha256": result.best_sha256}}
@@ -233,7 +235,9 @@ def _predict(task: Task) -> dict[str, Any]:
         tools["networks"] = [network.to(task.device).eval()]
     extra: dict[str, Any] = {}
     if inference.predictor == "threshold":
-        tools["thresholds_hu"] = fit_thresholds((cohort.load(name, keep) for name in task.spec["fit_on"]), inference.threshold)
+        tools["thresholds_hu"] = fit_thresholds(
+            (cohort.load(name, keep) for name in task.spec["fit_on"]), inference.threshold, cohort.ignore_label
+        )
         tools["foreground_label"] = cohort.foreground_labels[0]
         extra["thresholds_hu"] = list(tools["thresholds_hu"])
     if "predictions" in task.where:
@@ -277,12 +281,13 @@ def _postprocess(task: Task) -> dict[str, Any]:
 def _score(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
     from ichbench.cases.images import read_labels
+    from ichbench.cases.labels import scored_labels
     from ichbench.scoring.score import rows_for_case
     from ichbench.scoring.tables import write_scores
 
     cohort = read_cohort(Path(task.where["cohort"]))
     _check_digests(cohort, task.spec["cases"])
-    labels = cohort.labels | ({"ignore": cohort.ignore_label} if cohort.ignore_label is not None else {})
+    labels = scored_labels(cohort.rules)
     rows = []
     for name in task.spec["cases"]:
         # in file order: the two masks must agree voxel by voxel as they lie on disk, whatever the cohort's orientation

@@ -56,6 +56,11 @@ class LabelRules:
         return tuple(label for label in self.labels if label)
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of a network's outputs, in order."""
+        return self.names if self.has_regions else ("background", *self.names)
+
+    @property
     def n_heads(self) -> int:
         """Outputs of a network: one per region, or one per label with background."""
         return len(self.targets) if self.has_regions else len(self.labels)
@@ -88,6 +93,11 @@ class LabelRules:
     def from_probabilities(self, probabilities_czyx: NDArray[np.floating]) -> NDArray[np.int16]:
         """Labels of probabilities (heads, *spatial)."""
         return self.from_scores(probabilities_czyx, 0.5)
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists and numbers, whose order survives where the keys of a table are sorted; `rules_from_json` reads them."""
+        targets = [list(target) if isinstance(target, tuple) else target for target in self.targets]
+        return {"names": list(self.names), "targets": targets, "order": list(self.regions_class_order), "ignore": self.ignore}
 
     def outside(self, head: int) -> float:
         """The probability of a head where the network saw nothing: background is certain."""
@@ -148,13 +158,24 @@ def read_rules(declared: object, regions_class_order: object = None, source: obj
     return LabelRules(tuple(foreground), tuple(foreground.values()), order, ignore)
 
 
+def rules_from_json(table: Mapping[str, Any]) -> LabelRules:
+    """The rules of `LabelRules.to_json`."""
+    targets = tuple(tuple(target) if isinstance(target, list) else target for target in table["targets"])
+    return LabelRules(tuple(table["names"]), targets, tuple(table["order"]), table["ignore"])
+
+
 def declared(rules: LabelRules) -> dict[str, Any]:
     """`labels` (and `regions_class_order`) as a `dataset.json` has them: `read_rules` of it gives the rules again."""
-    targets = [list(target) if isinstance(target, tuple) else target for target in rules.targets]
-    labels = {"background": 0, **dict(zip(rules.names, targets, strict=True))}
+    labels = {"background": 0, **dict(zip(rules.names, rules.to_json()["targets"], strict=True))}
     if rules.ignore is not None:
         labels["ignore"] = rules.ignore
     return {"labels": labels} | ({"regions_class_order": list(rules.regions_class_order)} if rules.has_regions else {})
+
+
+def scored_labels(rules: LabelRules) -> dict[str, Target]:
+    """What a scorer tells apart, by name: labels or regions, background and the ignore label."""
+    ignore: dict[str, Target] = {} if rules.ignore is None else {"ignore": rules.ignore}
+    return {"background": 0, **dict(zip(rules.names, rules.targets, strict=True)), **ignore}
 
 
 def _value(source: object, name: str, value: object) -> Target:

@@ -141,7 +141,11 @@ def predict_roundtrip(case: Case, tools: Tools) -> Prediction:
     prepared = prepare_case(case, recipe, _plan(tools))
     if prepared.labels_zyx is None:
         raise InputError(f"case {case.id}: preparation lost the reference mask")
-    return Prediction(restore_labels(prepared.labels_zyx, prepared.geometry), prepared.notes)
+    labels = restore_labels(prepared.labels_zyx, prepared.geometry)
+    if tools.rules is not None and tools.rules.ignore is not None:
+        # no network predicts "ignore"; a voxel that it spilled onto is background
+        labels[labels == tools.rules.ignore] = 0
+    return Prediction(labels, prepared.notes)
 
 
 def predict_folder(case: Case, tools: Tools) -> Prediction:
@@ -178,10 +182,11 @@ PREDICTORS: dict[str, Callable[[Case, Tools], Prediction]] = {
 }
 
 
-def fit_thresholds(cases: Iterable[Case], recipe: ThresholdRecipe) -> tuple[float, float]:
+def fit_thresholds(cases: Iterable[Case], recipe: ThresholdRecipe, ignore: int | None = None) -> tuple[float, float]:
     """The two HU thresholds with the highest mean Dice (smooth 1e-5) over the training cases; given ones are kept.
 
     Every pair of whole HU in SEARCH_HU is tried, by one histogram per case, so the result is exact for images in whole HU.
+    Voxels with the label `ignore` do not count.
     """
     low_hu, high_hu = SEARCH_HU
     edges = np.arange(low_hu, high_hu + 2) - 0.5
@@ -192,9 +197,10 @@ def fit_thresholds(cases: Iterable[Case], recipe: ThresholdRecipe) -> tuple[floa
         if case.labels_zyx is None:
             continue
         image = case.image_czyx[0]
-        foreground = case.labels_zyx > 0
+        known = case.labels_zyx != ignore if ignore is not None else np.ones(image.shape, dtype=bool)
+        foreground = (case.labels_zyx > 0) & known
         inside = np.concatenate([[0], np.cumsum(np.histogram(image[foreground], edges)[0])])
-        everything = np.concatenate([[0], np.cumsum(np.histogram(image, edges)[0])])
+        everything = np.concatenate([[0], np.cumsum(np.histogram(image[known], edges)[0])])
         hit = inside[None, :] - inside[:, None]
         predicted = everything[None, :] - everything[:, None]
         total += (2 * hit + 1e-5) / (predicted + int(foreground.sum()) + 1e-5)

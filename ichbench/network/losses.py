@@ -1,62 +1,142 @@
-"""Soft Dice and cross-entropy with deep supervision, as nnU-Net computes them (facts section 8)."""
+"""Soft Dice and cross-entropy with deep supervision, as nnU-Net computes them (facts section 8).
+
+Plain labels compete (softmax over the heads, background among them); a region has a head of its own (sigmoid), and regions
+may overlap. Voxels with the ignore label take no part in anything.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: (logits (b, c, *spatial), target (b, *spatial) integer, batch_dice, ignore label) -> scalar
-Loss = Callable[[Tensor, Tensor, bool, int | None], Tensor]
+from ichbench.cases.labels import LabelRules, Target, members
 
 SMOOTH = 1e-5
+#: torch's value for "no label is ignored"
+NOTHING = -100
 
 
-def soft_dice(logits: Tensor, target: Tensor, batch_dice: bool, ignore: int | None = None) -> Tensor:
-    """Mean over classes (and samples) of (2 I + s) / (G + P + s), s = 1e-5, background excluded; 1 is perfect.
+def own_samples(sums: Tensor) -> Tensor:
+    """Sums over the samples of this process, for a training of one process."""
+    return sums
 
-    I, G and P are sums over voxels of target x probability, target and probability; with `batch_dice` also over the
-    batch, before the division. Voxels with the label `ignore` take no part.
+
+@dataclass(frozen=True)
+class Supervision:
+    """What the heads stand for, and how a loss counts them.
+
+    batch_dice      Dice sums run over all samples of a batch before the division
+    class_weights   of the cross-entropy, one per head; empty: all alike. Plain labels: a weighted mean over voxels, as torch's
+    dice_weight, ce_weight   of the two terms of a sum
+    nnunet          with regions and an ignore label, nnU-Net adds the heads' cross-entropies up, where it averages them
+                    without an ignore label; ours averages them always, so that an ignore label nobody uses changes nothing
+    pooled          (heads,) sums over the samples of this process -> over those of all processes
     """
-    axes = (0, *range(2, logits.ndim)) if batch_dice else tuple(range(2, logits.ndim))
-    probability = torch.softmax(logits.float(), dim=1)
+
+    rules: LabelRules
+    batch_dice: bool = False
+    class_weights: tuple[float, ...] = ()
+    dice_weight: float = 1.0
+    ce_weight: float = 1.0
+    nnunet: bool = False
+    pooled: Callable[[Tensor], Tensor] = own_samples
+
+
+#: (logits (b, heads, *spatial), labels (b, *spatial) integer, supervision) -> scalar
+Loss = Callable[[Tensor, Tensor, Supervision], Tensor]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least float32: autocast may hand over half precision."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def is_of(labels: Tensor, target: Target) -> Tensor:
+    """Where the labels are a label, or one of a region's."""
+    found = [labels == label for label in members(target)]
+    return found[0] if len(found) == 1 else torch.stack(found).any(0)
+
+
+def _weights(logits: Tensor, how: Supervision) -> Tensor | None:
+    return torch.tensor(how.class_weights, dtype=_wide(logits).dtype, device=logits.device) if how.class_weights else None
+
+
+def soft_dice(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
+    """Mean over foreground heads (and samples) of (2 I + s) / (G + P + s), s = 1e-5; 1 is perfect.
+
+    I, G and P are sums over voxels of truth x probability, truth and probability; with `batch_dice` also over the batch,
+    before the division.
+    """
+    rules, spatial = how.rules, tuple(range(1, labels.ndim))
+    probability = torch.sigmoid(_wide(logits)) if rules.has_regions else torch.softmax(_wide(logits), dim=1)
+    valid = None if rules.ignore is None else (labels != rules.ignore).to(probability.dtype)
     terms = []
-    valid = None if ignore is None else (target != ignore).to(probability.dtype)
-    spatial = tuple(axis - 1 for axis in axes if axis > 1)
-    spatial = (0, *spatial) if batch_dice else spatial
-    for label in range(1, logits.shape[1]):
-        truth = (target == label).to(probability.dtype)
-        guess = probability[:, label] if valid is None else probability[:, label] * valid
-        overlap, reference, predicted = (truth * guess).sum(spatial), truth.sum(spatial), guess.sum(spatial)
-        terms.append((2 * overlap + SMOOTH) / (reference + predicted + SMOOTH).clamp_min(1e-8))
-    return torch.stack(terms).mean()
+    for head, target in enumerate(rules.targets, start=0 if rules.has_regions else 1):
+        truth = is_of(labels, target).to(probability.dtype)
+        guess = probability[:, head] if valid is None else probability[:, head] * valid
+        terms.append(torch.stack([(truth * guess).sum(spatial), truth.sum(spatial), guess.sum(spatial)]))
+    # (heads, 3, b)
+    sums = torch.stack(terms)
+    if how.batch_dice:
+        sums = how.pooled(sums.sum(2, keepdim=True))
+    overlap, reference, predicted = sums.unbind(1)
+    return ((2 * overlap + SMOOTH) / (reference + predicted + SMOOTH).clamp_min(1e-8)).mean()
 
 
-def cross_entropy(logits: Tensor, target: Tensor, ignore: int | None = None) -> Tensor:
-    """Mean over the voxels that are not `ignore` of -log softmax at the target; 0 when none is left."""
-    if ignore is not None and not bool((target != ignore).any()):
+def cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
+    """Mean over the voxels that are not ignored of -log softmax at the label, or of every region's binary cross-entropy;
+    0 when no voxel is left."""
+    ignore = how.rules.ignore
+    if ignore is not None and not bool((labels != ignore).any()):
         return logits.sum() * 0.0
-    return F.cross_entropy(logits.float(), target, ignore_index=-100 if ignore is None else ignore)
+    weights = _weights(logits, how)
+    if not how.rules.has_regions:
+        return F.cross_entropy(_wide(logits), labels, weights, ignore_index=NOTHING if ignore is None else ignore)
+    truth = torch.stack([is_of(labels, target) for target in how.rules.targets], dim=1).to(_wide(logits).dtype)
+    each = F.binary_cross_entropy_with_logits(_wide(logits), truth, reduction="none")
+    if weights is not None:
+        each = each * weights.reshape(1, -1, *(1,) * (each.ndim - 2))
+    if ignore is None:
+        return each.mean()
+    valid = (labels != ignore)[:, None]
+    heads = 1 if how.nnunet else each.shape[1]
+    return (each * valid).sum() / (valid.sum() * heads)
 
 
-def dice_ce(logits: Tensor, target: Tensor, batch_dice: bool, ignore: int | None = None) -> Tensor:
+def top_cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
+    """Mean cross-entropy of the tenth of all voxels where it is highest (plain labels only); ignored voxels count 0."""
+    weights = _weights(logits, how)
+    ignore = NOTHING if how.rules.ignore is None else how.rules.ignore
+    each = F.cross_entropy(_wide(logits), labels, weights, ignore_index=ignore, reduction="none").flatten()
+    return each.topk(max(1, each.numel() // 10), sorted=False).values.mean()
+
+
+def dice_ce(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
     """Cross-entropy minus soft Dice, so -1 is perfect, as in nnU-Net's logs."""
-    return cross_entropy(logits, target, ignore) - soft_dice(logits, target, batch_dice, ignore)
+    return how.ce_weight * cross_entropy(logits, labels, how) - how.dice_weight * soft_dice(logits, labels, how)
 
 
-def dice(logits: Tensor, target: Tensor, batch_dice: bool, ignore: int | None = None) -> Tensor:
+def dice_topk(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
+    """The cross-entropy of the hardest tenth of the voxels minus soft Dice."""
+    return how.ce_weight * top_cross_entropy(logits, labels, how) - how.dice_weight * soft_dice(logits, labels, how)
+
+
+def dice(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
     """Minus soft Dice."""
-    return -soft_dice(logits, target, batch_dice, ignore)
+    return -soft_dice(logits, labels, how)
 
 
-def ce(logits: Tensor, target: Tensor, batch_dice: bool, ignore: int | None = None) -> Tensor:
-    """Cross-entropy alone; `batch_dice` has no meaning here."""
-    return cross_entropy(logits, target, ignore)
-
-
-LOSSES: dict[str, Loss] = {"dice_ce": dice_ce, "dice": dice, "ce": ce}
+LOSSES: dict[str, Loss] = {
+    "dice_ce": dice_ce,
+    "dice": dice,
+    "ce": cross_entropy,
+    "dice_topk": dice_topk,
+    "topk": top_cross_entropy,
+}
 
 
 def level_weights(levels: int, unsupervised_levels: int) -> tuple[float, ...]:
@@ -81,13 +161,10 @@ def shrink_target(target: Tensor, shape: Sequence[int]) -> Tensor:
     return target
 
 
-def supervised(
-    loss: Loss, outputs: Tensor | list[Tensor], target: Tensor, batch_dice: bool, unsupervised_levels: int, ignore: int | None = None
-) -> Tensor:
+def supervised(loss: Loss, outputs: Tensor | list[Tensor], labels: Tensor, how: Supervision, unsupervised_levels: int) -> Tensor:
     """The weighted loss over all decoder levels (or the plain loss of a single tensor)."""
     if isinstance(outputs, Tensor):
-        return loss(outputs, target, batch_dice, ignore)
+        return loss(outputs, labels, how)
     weights = level_weights(len(outputs), unsupervised_levels)
     used = [(weight, logits) for weight, logits in zip(weights, outputs, strict=True) if weight]
-    total = [weight * loss(logits, shrink_target(target, logits.shape[2:]), batch_dice, ignore) for weight, logits in used]
-    return torch.stack(total).sum()
+    return torch.stack([weight * loss(logits, shrink_target(labels, logits.shape[2:]), how) for weight, logits in used]).sum()

@@ -15,10 +15,9 @@ from typing import Any
 
 from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
-from ichbench.scoring.layouts import Labels, regions_of
 from ichbench.scoring.pairs import Scored, Voxels
 from ichbench.scoring.protocol import MARKS, METRICS, Protocol, split_metric
-from ichbench.scoring.score import Score
+from ichbench.scoring.score import Labels, Score, regions_of
 from ichbench.scoring.tables import Aggregate, aggregate, by_metric, write_scores, write_wide
 
 #: Names of the INSTANCE 2022 server. A metric with a parameter, and every other metric, keeps the name of its rows.

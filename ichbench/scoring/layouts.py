@@ -15,13 +15,11 @@ from typing import Any
 
 from ichbench.cases.folders import describe
 from ichbench.errors import InputError
+from ichbench.scoring.score import Labels, regions_of
 
 SUFFIXES = (".nii.gz", ".nii")
 #: Where the masks of an INSTANCE folder may lie: as unpacked, or as downloaded.
 INSTANCE_FOLDERS = ("label", "train_2/label", "train/label")
-
-#: name -> label value, or the values that a region merges; a label named "ignore" is left out of both masks.
-Labels = Mapping[str, int | tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,19 +169,6 @@ def case_id(path: Path) -> str:
     """The file name without .nii or .nii.gz."""
     suffix = next((end for end in SUFFIXES if path.name.endswith(end)), "")
     return path.name.removesuffix(suffix)
-
-
-def regions_of(labels: Labels) -> dict[str, tuple[int, ...]]:
-    """What has rows of its own, as row suffix -> label values: a plain label goes by its value, a region by its name.
-
-    Background and "ignore" have none. `{"background": 0, "tumor": (1, 2), "core": 2}` gives `{"tumor": (1, 2), "2": (2,)}`.
-    """
-    parts: dict[str, tuple[int, ...]] = {}
-    for name, value in labels.items():
-        values = value if isinstance(value, tuple) else (value,)
-        if name != "ignore" and set(values) != {0}:
-            parts[name if isinstance(value, tuple) else str(value)] = values
-    return parts
 
 
 def check_labels(declared: object, where: str) -> Labels:

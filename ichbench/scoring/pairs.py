@@ -19,9 +19,9 @@ from ichbench.scoring import overlap
 from ichbench.scoring.anomalies import Anomaly, find_anomalies
 from ichbench.scoring.definitions import OFFICIAL, measured_definitions, tolerance_curve
 from ichbench.scoring.geometry import onto_reference
-from ichbench.scoring.layouts import Labels, Pair, regions_of
+from ichbench.scoring.layouts import Pair
 from ichbench.scoring.protocol import Protocol
-from ichbench.scoring.score import Score, measure, rows_for_case
+from ichbench.scoring.score import Labels, Score, measure, regions_of, rows_for_case
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Voxels:
 class Scored:
     """One case: its rows, its files (None for arrays, and for a missing prediction), and what the reader warned of.
 
-    voxels        by row suffix (`layouts.regions_of`), "" for the whole foreground where no labels are declared; empty unless asked for
+    voxels        by row suffix (`score.regions_of`), "" for the whole foreground where no labels are declared; empty unless asked for
     definitions   values of `definitions.pair_definitions` for the whole foreground; empty unless asked for
     curve         NSD at the tolerances asked for, likewise
     anomalies     what is odd about the prediction, likewise
@@ -168,31 +168,9 @@ def _mapped(labels_zyx: Any, label_map: Mapping[int, int]) -> Any:
 
 def _rows(settings: Settings, case: str, masks: _Masks) -> list[Score]:
     """Rows of the whole and of every declared label or region. Arrays are (z, y, x), so a file's order is the reverse."""
-
-    def rows(reference: Any, predicted: Any | None, labels: Mapping[str, int] | None = None) -> list[Score]:
-        names = (settings.arm, settings.fold, settings.seed, case)
-        spacing, voxel_ml = masks.spacing_zyx_mm, masks.voxel_ml
-        return rows_for_case(*names, reference, predicted, spacing, settings.protocol, labels, (2, 1, 0), voxel_ml)
-
-    labels = settings.labels
-    plain = {name: value for name, value in (labels or {}).items() if isinstance(value, int)}
-    if labels is None or len(plain) == len(labels):
-        return rows(masks.reference, masks.predicted, None if labels is None else plain)
-    declared = {0} | {value for values in labels.values() for value in (values if isinstance(values, tuple) else (values,))}
-    for what, side in (("reference", masks.reference), ("prediction", masks.predicted)):
-        unknown = [] if side is None else sorted({int(value) for value in np.unique(side)} - declared)
-        if unknown:
-            raise InputError(f"case {case}: the {what} contains the label(s) {unknown}, but the declared ones are {dict(labels)}")
-    used = _used(labels, masks.reference)
-    sides = (masks.reference * used, None if masks.predicted is None else masks.predicted * used)
-    if sides[1] is not None and "ignore" in labels and (sides[1] == labels["ignore"]).any():
-        raise InputError(f"case {case}: the prediction contains the label {labels['ignore']} (ignore) where the reference does not")
-    found = rows(*sides)
-    for key, values in regions_of(labels).items():
-        own, other = (None if side is None else np.isin(side, values) for side in sides)
-        of_region = rows(own, other)
-        found += [row._replace(metric=f"{row.metric}/{key}") for row in of_region if row.metric != "missing"]
-    return found
+    names = (settings.arm, settings.fold, settings.seed, case)
+    sides, spacing = (masks.reference, masks.predicted), masks.spacing_zyx_mm
+    return rows_for_case(*names, *sides, spacing, settings.protocol, settings.labels, (2, 1, 0), masks.voxel_ml)
 
 
 def _beside(

@@ -22,6 +22,8 @@ from ichbench.scoring.protocol import PARAMETERS, Protocol, get_protocol, split_
 
 #: a bare boundary_iou looks this part of the volume's diagonal away from the contour (Cheng et al., CVPR 2021: 2 % in images)
 BOUNDARY_SHARE = 0.02
+#: name -> label value, or the values that a region merges; a label named "ignore" is left out of both masks
+Labels = Mapping[str, int | tuple[int, ...]]
 
 
 class Score(NamedTuple):
@@ -198,15 +200,17 @@ def rows_for_case(
     predicted_zyx: Any | None,
     spacing_zyx_mm: Sequence[float],
     protocol: str | Protocol = "instance2022",
-    labels: Mapping[str, int] | None = None,
+    labels: Labels | None = None,
     file_axes: tuple[int, int, int] = (2, 1, 0),
     voxel_ml: float | None = None,
 ) -> list[Score]:
-    """All rows of one case: the metrics of the whole foreground, of each label where there are several, and the 0/1 marks.
+    """All rows of one case: the metrics of the whole foreground, of each label where there are several or of each region, and the
+    0/1 marks.
 
     predicted_zyx   None for a missing prediction: scored as an empty one, with `missing` and `empty_prediction` 1
-    labels          name -> value; more than one value above 0 adds rows such as `dice/2`. Values outside it are an
-                    InputError. Voxels of a label named "ignore" in the reference count as background in both
+    labels          name -> value, or values of a region; more than one value above 0 adds rows such as `dice/2`, a region
+                    such as `dice/core` (`regions_of`). Values outside it are an InputError. Voxels of a label named
+                    "ignore" in the reference count as background in both
     file_axes       `Grid.file_axes`: distances are summed in the order of the file's axes, so that their last bit is
                     the one of the official script, which reads the file
     voxel_ml        `Grid.voxel_ml` of a sheared grid, whose voxels are smaller than the product of the spacings; volumes only
@@ -236,10 +240,10 @@ def rows_for_case(
                     f"case {case}: the prediction contains the label {labels['ignore']} (ignore) where the reference does not; "
                     "only references may say ignore, so give every other voxel of the prediction a class"
                 )
-    values = sorted({value for name, value in (labels or {}).items() if value > 0 and name != "ignore"})
+    declared = regions_of(labels or {})
     parts = [("", reference != 0, predicted != 0)]
-    if len(values) > 1:
-        parts += [(f"/{value}", reference == value, predicted == value) for value in values]
+    if len(declared) > 1 or any(isinstance(value, tuple) for value in (labels or {}).values()):
+        parts += [(f"/{name}", np.isin(reference, values), np.isin(predicted, values)) for name, values in declared.items()]
     rows: list[Score] = []
     for suffix, own, other in parts:
         found = score_masks(own, other, spacing_file_mm, rules, voxel_ml=voxel_ml)
@@ -249,6 +253,19 @@ def rows_for_case(
             found["missing"] = float(predicted_zyx is None)
         rows += [Score(arm, fold, seed, case, name + suffix, value) for name, value in found.items()]
     return rows
+
+
+def regions_of(labels: Labels) -> dict[str, tuple[int, ...]]:
+    """What has rows of its own, as row suffix -> label values: a plain label goes by its value, a region by its name.
+
+    Background and "ignore" have none. `{"background": 0, "tumor": (1, 2), "core": 2}` gives `{"tumor": (1, 2), "2": (2,)}`.
+    """
+    parts: dict[str, tuple[int, ...]] = {}
+    for name, value in labels.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if name != "ignore" and set(values) != {0}:
+            parts[name if isinstance(value, tuple) else str(value)] = values
+    return parts
 
 
 def check_metrics(keys: Sequence[str]) -> tuple[str, ...]:
@@ -275,7 +292,8 @@ def _formula(key: str) -> tuple[Formula, float | None]:
     return FORMULAS[name], parameter
 
 
-def _check_values(case: str, what: str, array: overlap.LabelArray, labels: Mapping[str, int]) -> None:
-    unknown = sorted({int(value) for value in np.unique(array[array != 0])} - set(labels.values()))
+def _check_values(case: str, what: str, array: overlap.LabelArray, labels: Labels) -> None:
+    declared = {0} | {value for values in labels.values() for value in (values if isinstance(values, tuple) else (values,))}
+    unknown = sorted({int(value) for value in np.unique(array[array != 0])} - declared)
     if unknown:
         raise InputError(f"case {case}: the {what} contains the label(s) {unknown}, but the declared ones are {dict(labels)}")

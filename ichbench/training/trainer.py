@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.errors import CaseError, InputError
-from ichbench.network.losses import LOSSES, Loss, supervised
+from ichbench.network.losses import LOSSES, Loss, Supervision, supervised
 from ichbench.network.unet import Topology, UNet, make_unet
 from ichbench.network.weights import save_weights
 from ichbench.recipe import NetworkRecipe, TrainingRecipe
 from ichbench.training.batches import Sampling, ahead, make_batch
 from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, TrainingWarning, choose_cases
 from ichbench.training.schedule import Best, moving_average, poly_learning_rate, should_stop
+from ichbench.training.supervision import count_hits, dice_of, make_supervision
 
 #: threads that cut and augment patches while a GPU trains; a CPU training does both in one thread
 GPU_WORKERS = 8
@@ -68,19 +70,23 @@ def train(
     device: str = "cpu",
     threads: int = 1,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    rules: LabelRules | None = None,
 ) -> TrainResult:
     """Train a U-Net; write `log.jsonl`, `final.safetensors` and `best.safetensors` (with manifests) into `out`.
 
-    `log.jsonl` has one line per epoch: epoch, epochs, train_loss, val_loss, pseudo_dice (one per class above 0),
+    `log.jsonl` has one line per epoch: epoch, epochs, train_loss, val_loss, pseudo_dice (one per foreground label or region),
     moving_average, learning_rate, seconds, steps_per_second; `progress` receives the same. A value that does not exist
     (no validation, no foreground seen) is null. The same seed, threads and machine give the same weights.
+    `rules` say what the outputs stand for; by default one label each, background first.
     With no validation cases, or validation_iterations = 0, nothing is validated and `best` is `final`.
     Raises InputError for settings that cannot work, CaseError when the loss is not finite.
     """
     _check(cases, training, seed, validates=bool(validation_cases) and training.validation_iterations > 0)
+    supervision = make_supervision(rules or plain_rules(plan.n_classes), plan.n_classes, plan.batch_dice, training)
     out.mkdir(parents=True, exist_ok=True)
     with _threads(threads), (out / "log.jsonl").open("w", buffering=1, encoding="utf-8") as log:
-        return _Run(cases, validation_cases, plan, network, training, seed, out, torch.device(device)).to_the_end(log.write, progress)
+        run = _Run(cases, validation_cases, plan, network, training, seed, out, torch.device(device), supervision)
+        return run.to_the_end(log.write, progress)
 
 
 class _Run:
@@ -96,6 +102,7 @@ class _Run:
         seed: int,
         out: Path,
         device: torch.device,
+        supervision: Supervision,
     ) -> None:
         self.cases = choose_cases(cases, training.cases, seed)
         self.validation_cases = validation_cases if training.validation_iterations else []
@@ -108,10 +115,10 @@ class _Run:
         self.network: UNet = make_unet(plan, network, seed).to(device)
         self.optimizer = OPTIMIZERS[training.optimizer](self.network.parameters(), training)
         loss: Loss = LOSSES[training.loss]
-        batch_dice = plan.batch_dice if training.batch_dice == "auto" else training.batch_dice
+        self.rules = supervision.rules
 
         def supervised_loss(outputs: Tensor | list[Tensor], target: Tensor) -> Tensor:
-            return supervised(loss, outputs, target, batch_dice, network.unsupervised_levels)
+            return supervised(loss, outputs, target, supervision, network.unsupervised_levels)
 
         self.loss = supervised_loss
         self.workers = GPU_WORKERS if device.type == "cuda" else 0
@@ -186,9 +193,9 @@ class _Run:
         """Mean loss, and per class the Dice of all validation patches of the epoch taken together (NaN: class unseen)."""
         if not self.validation_cases:
             return None, ()
-        steps, classes = self.recipe.validation_iterations, self.plan.n_classes
+        steps = self.recipe.validation_iterations
         first, total = epoch * steps, 0.0
-        overlap, both = np.zeros(classes), np.zeros(classes)
+        counts = np.zeros((len(self.rules.targets), 2))
         cases, sampling = self.validation_cases, self.validation_sampling
         batches = ahead(lambda step: make_batch(cases, sampling, VALIDATION_STREAM, step), range(first, first + steps), self.workers)
         with torch.no_grad():
@@ -197,14 +204,8 @@ class _Run:
                 with self.precision():
                     outputs = self.network(image.to(self.device))
                 total += float(self.loss(outputs, target))
-                top: Tensor = outputs if isinstance(outputs, Tensor) else outputs[0]
-                guess = top.argmax(1)
-                for label in range(1, classes):
-                    truth, found = target == label, guess == label
-                    overlap[label] += float((truth & found).sum())
-                    both[label] += float(truth.sum() + found.sum())
-        dice = [2 * overlap[label] / both[label] if both[label] else math.nan for label in range(1, classes)]
-        return _or_none(total / steps), tuple(float(value) for value in dice)
+                counts += count_hits(outputs if isinstance(outputs, Tensor) else outputs[0], target, self.rules)
+        return _or_none(total / steps), dice_of(counts)
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ichbench.network.losses import dice_ce
+from ichbench.cases.labels import plain_rules
+from ichbench.network.losses import Supervision, dice_ce
 from ichbench.prepare.plan import Plan
 
 RESAMPLING = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
@@ -113,7 +114,7 @@ def train_briefly(network: nn.Module, image: NDArray[np.float32], labels: NDArra
     images, targets = torch.from_numpy(image), torch.from_numpy(np.maximum(labels, 0)).long()
     for step in range(steps):
         some = [(2 * step) % len(images), (2 * step + 1) % len(images)]
-        loss = dice_ce(network(images[some]), targets[some], True, None)
+        loss = dice_ce(network(images[some]), targets[some], Supervision(plain_rules(2), True))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
