@@ -95,8 +95,9 @@ class PlanRecipe(Strict):
     dims: Literal[2, 3] = 3
     #: nnU-Net's planner: the plain U-Net, or one with a residual encoder (M, L and XL, and the older one without a letter)
     family: Literal["plain", "resenc", "resenc_m", "resenc_l", "resenc_xl"] = "plain"
-    #: lowres: the low-resolution 3D stage that nnU-Net puts below a full-resolution one whose patch shows little of a case
-    stage: Literal["fullres", "lowres"] = "fullres"
+    #: lowres: the low-resolution 3D stage that nnU-Net puts below a full-resolution one whose patch shows little of a case;
+    #: cascade: the full-resolution stage that sees the low-resolution one's labels beside the image
+    stage: Literal["fullres", "lowres", "cascade"] = "fullres"
     #: what nnU-Net calls the GPU memory target; scales patch and batch size; auto: what the family is made for (8, L: 24, XL: 40)
     memory_gb: Literal["auto"] | Positive = "auto"
     base_features: Annotated[int, Field(ge=1)] = 32
@@ -244,6 +245,16 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _cascade(self) -> Recipe:
+        if self.plan.stage == "cascade" and self.prepare.slice_crop == "reference":
+            raise ValueError(
+                "plan.stage = 'cascade' with prepare.slice_crop = 'reference': test cases have no such crop; use 'head' or 'off'"
+            )
+        if self.plan.stage == "cascade" and self.prepare.neighbour_slices != "off":
+            raise ValueError("plan.stage = 'cascade' is a 3D network and sees its slices anyway; set prepare.neighbour_slices to 'off'")
+        return self
+
+    @model_validator(mode="after")
     def _mirror_axes(self) -> Recipe:
         axes, dims = self.inference.mirror, self.plan.dims
         if not isinstance(axes, bool) and any(axis >= dims for axis in axes):
@@ -257,8 +268,8 @@ class Recipe(Strict):
             value = getattr(plan, name)
             if value != "auto" and len(value) != plan.dims:
                 raise ValueError(f"{name} has {len(value)} entries, but dims = {plan.dims}")
-        if plan.stage == "lowres" and plan.dims == 2:
-            raise ValueError("stage = 'lowres' is a 3D configuration, but dims = 2")
+        if plan.stage != "fullres" and plan.dims == 2:
+            raise ValueError(f"stage = {plan.stage!r} is a 3D configuration, but dims = 2")
         if plan.spacing_mm != "auto" and plan.target_spacing_zyx_mm != "auto":
             raise ValueError("spacing_mm and target_spacing_zyx_mm both fix the spacing; set one of them")
         return plan

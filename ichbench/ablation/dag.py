@@ -6,7 +6,7 @@ import ast
 import hashlib
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +20,12 @@ from ichbench.errors import InputError
 from ichbench.inference.predictors import find_mask
 from ichbench.recipe import digest
 
-Kind = Literal["prepare", "train", "predict", "postprocess", "score"]
+Kind = Literal["prepare", "previous", "train", "predict", "postprocess", "score"]
 
 #: the modules whose sources (with all they import) decide a step's result
 STAGE_MODULES: dict[Kind, tuple[str, ...]] = {
     "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.survey", "ichbench.prepare.store"),
+    "previous": ("ichbench.cases.cohort", "ichbench.inference.cascade", "ichbench.prepare.store"),
     "train": ("ichbench.prepare.store", "ichbench.training.trainer"),
     "predict": ("ichbench.cases.cohort", "ichbench.inference.predictors", "ichbench.network.weights"),
     "postprocess": ("ichbench.cases.cohort", "ichbench.inference.postprocess"),
@@ -154,6 +155,8 @@ class _Maker:
         if predictor == "unet":
             train = self._train(arm, prepare, part, fold, seed if seed is not None else 0)
             inputs["train"] = train.id
+            if recipe.plan.stage == "cascade":
+                inputs["first"] = self._predict(first_stage(arm), part, fold, seed, None)[0].id
         if predictor == "threshold":
             spec["fit_on"] = self._digests(part.train)
         if predictor == "folder":
@@ -170,11 +173,8 @@ class _Maker:
                 f"arm {arm.name}: inference.postprocess = 'cross-validate' needs a predictor with folds (unet or threshold), "
                 f"not for {arm.recipe.inference.predictor!r}; set it to 'off'"
             )
-        inputs, folds = {"predict": predict.id}, {}
-        for number in range(N_FOLDS):
-            held_out = make_part(self.cohort, str(number))
-            inputs[f"fold {number}"] = self._predict(arm, held_out, str(number), seed, None)[0].id
-            folds[f"fold {number}"] = list(held_out.evaluate)
+        inputs, folds = self._held_out(arm, seed)
+        inputs["predict"] = predict.id
         spec = {
             "folds": folds,
             "cases": self._digests(part.evaluate),
@@ -185,6 +185,34 @@ class _Maker:
             "environment": {name: version(name) for name in ("numpy", "scipy")},
         }
         return self._add(Step("postprocess", spec, inputs, self.where, f"postprocess {_named(arm, fold, seed)}"))
+
+    def _held_out(self, arm: Arm, seed: int | None) -> tuple[dict[str, str], dict[str, list[str]]]:
+        """Inputs `fold 0` to `fold 4`: an arm's predictions of the cases that each fold did not train on, and which these are."""
+        inputs, folds = {}, {}
+        for number in range(N_FOLDS):
+            part = make_part(self.cohort, str(number))
+            inputs[f"fold {number}"] = self._predict(arm, part, str(number), seed, None)[0].id
+            folds[f"fold {number}"] = list(part.evaluate)
+        return inputs, folds
+
+    def _previous(self, arm: Arm, prepare: Step, seed: int) -> Step:
+        """What the first stage of a cascade says about every training case, by the network of the fold that held it out."""
+        inputs, folds = self._held_out(first_stage(arm), seed)
+        known = tuple(name for names in folds.values() for name in names)
+        if missing := sorted(set(self.cohort.train_ids) - set(known)):
+            raise InputError(
+                f"arm {arm.name}: the second stage of a cascade learns from the first stage's masks of held-out cases, but no fold holds "
+                f"out {', '.join(missing[:5])}; let the folds of splits_final.json cover every training case"
+            )
+        spec = {
+            "prepare": arm.recipe.prepare.model_dump(mode="json"),
+            "folds": folds,
+            "cases": self._digests(known),
+            "labels": self.cohort.rules.to_json(),
+            "sources": sources_digest("previous"),
+            "environment": {name: version(name) for name in ("numpy", "scipy")},
+        }
+        return self._add(Step("previous", spec, inputs | {"prepare": prepare.id}, self.where, f"first stage of {arm.name}, seed {seed}"))
 
     def _prepare(self, arm: Arm) -> Step:
         # as in nnU-Net, fingerprint and plan see all training cases, those of the validation folds included
@@ -210,7 +238,10 @@ class _Maker:
             "sources": sources_digest("train"),
             "environment": self._environment(),
         }
-        return self._add(Step("train", spec, {"prepare": prepare.id}, self.where, f"train {arm.name}, fold {fold}, seed {seed}"))
+        inputs = {"prepare": prepare.id}
+        if arm.recipe.plan.stage == "cascade":
+            inputs["previous"] = self._previous(arm, prepare, seed).id
+        return self._add(Step("train", spec, inputs, self.where, f"train {arm.name}, fold {fold}, seed {seed}"))
 
     def _add(self, step: Step) -> Step:
         return self.steps.setdefault(step.id, step)
@@ -220,6 +251,13 @@ class _Maker:
 
     def _environment(self) -> dict[str, Any]:
         return {"device": self.device, "threads": self.threads} | {name: version(name) for name in ("torch", "numpy", "scipy")}
+
+
+def first_stage(arm: Arm) -> Arm:
+    """The low-resolution stage below a cascade: the same recipe on the coarser plan."""
+    plan = arm.recipe.plan.model_copy(update={"stage": "lowres"})
+    inference = arm.recipe.inference.model_copy(update={"postprocess": "off"})
+    return replace(arm, name=f"{arm.name}'s first stage", recipe=arm.recipe.model_copy(update={"plan": plan, "inference": inference}))
 
 
 def _named(arm: Arm, fold: str, seed: int | None) -> str:

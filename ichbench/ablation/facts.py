@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ichbench
-from ichbench.ablation.dag import Dag, Result
+from ichbench.ablation.dag import Dag, Result, Step, first_stage
 from ichbench.ablation.step import output_of, result_of
 from ichbench.ablation.study import Study
 from ichbench.arms import Arm
@@ -94,18 +94,27 @@ def write_run(out: Path, study: Study, cohort: Cohort, dag: Dag, root: Path, fin
         name = "-".join([result.arm, *([f"fold{result.fold}", f"seed{result.seed}"] if result.train_step else [])])
         _copy_files(output_of(root / result.predict_step), out / "predictions" / name)
         if result.train_step is not None:
-            _copy_files(output_of(root / result.train_step), out / "models" / name)
-            prepare = dag.steps[result.train_step].inputs["prepare"]
-            for file in ("plan.json", "fingerprint.json"):
-                shutil.copyfile(output_of(root / prepare) / file, out / "models" / name / file)
-            if dag.steps[result.predict_step].kind == "postprocess":
-                rule = output_of(root / result.predict_step) / "postprocessing.json"
-                shutil.copyfile(rule, out / "models" / name / rule.name)
-            write_atomically(out / "models" / name / "model.json", model_json(study.arm(result.arm), cohort).encode())
+            last, folder = dag.steps[result.predict_step], out / "models" / name
+            tidied = last.kind == "postprocess"
+            _publish(dag, root, dag.steps[last.inputs["predict"]] if tidied else last, study.arm(result.arm), cohort, folder)
+            if tidied:
+                rule = "postprocessing.json"
+                shutil.copyfile(output_of(root / result.predict_step) / rule, folder / rule)
     seconds = {step.label: (result_of(root / step_id) or {}).get("seconds") for step_id, step in dag.steps.items()}
     table = about | environment() | {"notes": run_notes(dag, root, finished), "seconds": seconds, "cohort_digest": cohort.digest()}
     write_atomically(out / "run.json", (json.dumps(table, indent=1, sort_keys=True) + "\n").encode())
     return rows
+
+
+def _publish(dag: Dag, root: Path, predict: Step, arm: Arm, cohort: Cohort, folder: Path) -> None:
+    """The model folder of a prediction step: weights, plan, recipe, and the first stage of a cascade in `previous/`."""
+    train = predict.inputs["train"]
+    _copy_files(output_of(root / train), folder)
+    for file in ("plan.json", "fingerprint.json"):
+        shutil.copyfile(output_of(root / dag.steps[train].inputs["prepare"]) / file, folder / file)
+    write_atomically(folder / "model.json", model_json(arm, cohort).encode())
+    if "first" in predict.inputs:
+        _publish(dag, root, dag.steps[predict.inputs["first"]], first_stage(arm), cohort, folder / "previous")
 
 
 def model_json(arm: Arm, cohort: Cohort) -> str:

@@ -176,8 +176,36 @@ def _prepare(task: Task) -> dict[str, Any]:
     return {"plan": plan.explain()}
 
 
+def _previous(task: Task) -> dict[str, Any]:
+    import numpy as np
+
+    from ichbench.cases.cohort import read_cohort
+    from ichbench.inference.cascade import previous_labels
+    from ichbench.prepare.plan import Plan
+    from ichbench.prepare.store import read_prepared
+    from ichbench.recipe import PrepareRecipe
+
+    prepare = task.model("prepare", PrepareRecipe)
+    cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
+    _check_digests(cohort, task.spec["cases"])
+    keep = prepare.compatibility == "nnunet"
+    plan = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
+    for fold, names in task.spec["folds"].items():
+        for name in names:
+            case = cohort.load(name, keep, with_labels=False)
+            labels = _mask(task.inputs[fold], name, keep, prepare.reorient)
+            prepared = read_prepared(task.inputs["prepare"] / "cases", name)
+            found = previous_labels(case, labels, prepared, prepare, plan, cohort.rules)
+            # outside the nonzero mask is background here: it has no channel either way
+            np.save(task.out / f"{name}.npy", np.maximum(found, 0).astype(np.uint8))
+    return {}
+
+
 def _train(task: Task) -> dict[str, Any]:
+    import numpy as np
+
     from ichbench.cases.labels import rules_from_json
+    from ichbench.prepare.configuration import network_plan
     from ichbench.prepare.plan import Plan
     from ichbench.prepare.store import read_prepared
     from ichbench.recipe import NetworkRecipe, TrainingRecipe
@@ -193,18 +221,22 @@ def _train(task: Task) -> dict[str, Any]:
         prepared = read_prepared(store, name)
         if prepared.labels_zyx is None:
             raise InputError(f"prepared case {name} has no labels; training needs them")
-        cases[name] = TrainingCase(name, prepared.image_czyx, prepared.labels_zyx, prepared.foreground)
+        previous = None
+        if "previous" in task.inputs:
+            previous = np.load(task.inputs["previous"] / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        cases[name] = TrainingCase(name, prepared.image_czyx, prepared.labels_zyx, prepared.foreground, previous)
+    rules = rules_from_json(task.spec["labels"])
     result = train(
         [cases[name] for name in task.spec["train"]],
         [cases[name] for name in task.spec["validate"]],
-        plan,
+        network_plan(plan, rules),
         task.model("network", NetworkRecipe),
         task.model("training", TrainingRecipe),
         task.spec["seed"],
         task.out,
         task.device,
         task.threads,
-        rules=rules_from_json(task.spec["labels"]),
+        rules=rules,
     )
     about = {name: getattr(result, name) for name in ("epochs", "best_epoch", "moving_average", "pseudo_dice", "stopped_early")}
     return {"training": about | {"final_sha256": result.final_sha256, "best_sha256": result.best_sha256}}
@@ -227,12 +259,18 @@ def _predict(task: Task) -> dict[str, Any]:
     if "train" in task.inputs:
         from ichbench.network.unet import make_unet
         from ichbench.network.weights import load_weights
+        from ichbench.prepare.configuration import network_plan
 
         _set_threads(task.threads)
         step = json.loads((task.inputs["train"].parents[2] / "step.json").read_text(encoding="utf-8"))
-        network = make_unet(tools["plan"], NetworkRecipe.model_validate_json(json.dumps(step["spec"]["network"])))
+        network = make_unet(
+            network_plan(tools["plan"], cohort.rules), NetworkRecipe.model_validate_json(json.dumps(step["spec"]["network"]))
+        )
         load_weights(network, task.inputs["train"] / f"{inference.checkpoint}.safetensors")
         tools["networks"] = [network.to(task.device).eval()]
+    if "first" in task.inputs:
+        first = task.inputs["first"]
+        tools["previous"] = lambda case: _mask(first, case.id, keep, prepare.reorient)
     extra: dict[str, Any] = {}
     if inference.predictor == "threshold":
         tools["thresholds_hu"] = fit_thresholds(
@@ -305,11 +343,20 @@ def _score(task: Task) -> dict[str, Any]:
 
 STAGES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "prepare": _prepare,
+    "previous": _previous,
     "train": _train,
     "predict": _predict,
     "postprocess": _postprocess,
     "score": _score,
 }
+
+
+def _mask(folder: Path, name: str, keep_file_order: bool, turn: bool) -> Any:
+    """A predicted mask as `Cohort.load` reads its case."""
+    from ichbench.cases.images import read_labels, reorient
+
+    labels, grid = read_labels(folder / f"{name}.nii.gz", keep_file_order)
+    return reorient([labels], grid)[0][0] if turn and not keep_file_order else labels
 
 
 @contextlib.contextmanager

@@ -34,6 +34,14 @@ def with_previous(
     """
     if rules is None:
         raise InputError("the second stage of a cascade needs the cohort's labels, to know how many channels they become")
+    labels = previous_labels(case, previous_zyx, prepared, recipe, plan, rules)
+    return np.concatenate([prepared.image_czyx, one_hot(labels, rules.foreground_labels)])
+
+
+def previous_labels(
+    case: Case, previous_zyx: NDArray[np.int16], prepared: Prepared, recipe: PrepareRecipe, plan: Plan, rules: LabelRules
+) -> NDArray[np.int16]:
+    """The first stage's labels on the second stage's prepared grid, -1 outside the nonzero mask; arguments as above."""
     if previous_zyx.shape != case.grid.shape_zyx:
         raise InputError(
             f"case {case.id}: the first stage's labels have shape {previous_zyx.shape}, the image {case.grid.shape_zyx}; "
@@ -47,4 +55,4 @@ def with_previous(
     labelled = prepare_case(replace(case, labels_zyx=previous_zyx), recipe, plan)
     if labelled.labels_zyx is None or labelled.labels_zyx.shape != prepared.image_czyx.shape[1:]:
         raise InputError(f"case {case.id}: the first stage's labels were not prepared to the image's shape")
-    return np.concatenate([prepared.image_czyx, one_hot(labelled.labels_zyx, rules.foreground_labels)])
+    return labelled.labels_zyx

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import UNet, check_topology, make_unet
 from ichbench.network.weights import load_weights
+from ichbench.prepare.configuration import network_plan
 from ichbench.prepare.normalize import NORMALIZERS
 from ichbench.prepare.plan import Plan
 from ichbench.recipe import NetworkRecipe, PrepareRecipe, Recipe, check_precision
@@ -156,13 +157,6 @@ def check_intensities(plan: Plan, source: str) -> None:
                     f"{source}: channel {index} is normalised as CT, but the {name} of its training intensities is {value!r}; "
                     "a finite number is needed: take the plans that the model was trained with"
                 )
-
-
-def network_plan(plan: Plan, rules: LabelRules) -> Plan:
-    """The plan as its network sees it: the second stage of a cascade has one more input per foreground label."""
-    if plan.previous_stage is None:
-        return plan
-    return replace(plan, channels=(*plan.channels, *(f"{plan.previous_stage} {label}" for label in rules.foreground_labels)))
 
 
 def _first_stage(model: Model) -> Callable[[Case], NDArray[np.int16]]:

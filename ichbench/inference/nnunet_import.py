@@ -25,11 +25,12 @@ import torch
 from ichbench.cases.files import write_atomically
 from ichbench.cases.labels import read_rules
 from ichbench.errors import InputError
-from ichbench.inference.model import check_intensities, network_plan
+from ichbench.inference.model import check_intensities
 from ichbench.network.checkpoint import read_checkpoint
 from ichbench.network.nnunet_weights import weights_from_nnunet
 from ichbench.network.unet import UNet, check_topology
 from ichbench.network.weights import save_weights
+from ichbench.prepare.configuration import network_plan
 from ichbench.prepare.plan import Plan
 from ichbench.prepare.plans_read import plan_of, read_plans
 from ichbench.recipe import NetworkRecipe, make_recipe

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ichbench.cases.labels import LabelRules
 from ichbench.errors import InputError
 from ichbench.prepare.topology import Floats, Ints, Network, depth, is_anisotropic
 
@@ -132,3 +133,10 @@ def _explain_norm(index: int, name: str, plan: Plan) -> str:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def network_plan(plan: Plan, rules: LabelRules) -> Plan:
+    """The plan as its network sees it: the second stage of a cascade has one more input per foreground label."""
+    if plan.previous_stage is None:
+        return plan
+    return replace(plan, channels=(*plan.channels, *(f"{plan.previous_stage} {label}" for label in rules.foreground_labels)))

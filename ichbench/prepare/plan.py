@@ -103,12 +103,20 @@ def make_plan(
     if not planner.is_3d:
         raise InputError("the median case has a single slice, so there is nothing for a 3D network to see; set plan.dims = 2")
     lowres = planner.lowres()
+    fullres = planner.fullres(lowres).plan
     if recipe.stage == "fullres":
-        return planner.fullres(lowres).plan
+        return fullres
     if lowres.sized is None:
         share = f"the full-resolution patch shows {lowres.coverage:.1%} of the median case (limit {lowres.threshold:.1%})"
-        raise InputError(f"plan.stage = 'lowres', but there is no low-resolution stage for this cohort: {share}; use stage = 'fullres'")
-    return lowres.sized.plan
+        raise InputError(
+            f"plan.stage = {recipe.stage!r}, but there is no low-resolution stage for this cohort: {share}; use stage = 'fullres'"
+        )
+    return lowres.sized.plan if recipe.stage == "lowres" else second_stage(fullres)
+
+
+def second_stage(fullres: Plan) -> Plan:
+    """The full-resolution plan as the second stage of a cascade: the same network, with the first stage's labels as more inputs."""
+    return replace(fullres, configuration="3d_cascade_fullres", previous_stage="3d_lowres")
 
 
 def plan_all(
@@ -133,7 +141,7 @@ def plan_all(
     fullres = planner.fullres(lowres)
     if lowres.sized is None:
         return Planned(planner.target, found | {"3d_fullres": fullres}, lowres)
-    cascade = replace(fullres, plan=replace(fullres.plan, configuration="3d_cascade_fullres", previous_stage="3d_lowres"))
+    cascade = replace(fullres, plan=second_stage(fullres.plan))
     return Planned(planner.target, found | {"3d_lowres": lowres.sized, "3d_fullres": fullres, "3d_cascade_fullres": cascade}, lowres)
 
 

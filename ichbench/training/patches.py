@@ -31,13 +31,15 @@ class TrainingWarning(UserWarning):
 class TrainingCase:
     """A prepared case: normalised `image_czyx` float32, `labels_zyx` int16 (-1 lies outside the head's box) and
     `foreground`, voxel coordinates (n, 3) in (z, y, x) for every class above 0 or region, and with an ignore label for the
-    annotated voxels (a region that holds -1). Arrays may be memory maps.
+    annotated voxels (a region that holds -1). `previous_zyx`, uint8, are the labels that the first stage of a cascade gave.
+    Arrays may be memory maps.
     """
 
     id: str
     image_czyx: NDArray[np.float32]
     labels_zyx: NDArray[np.int16]
     foreground: Mapping[Location, NDArray[np.integer]]
+    previous_zyx: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
