@@ -91,7 +91,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "nnunet_import",
         "nnunet_export",
     ),
-    "training": ("patches", "augment", "batches", "schedule", "trainer"),
+    "training": ("patches", "augment", "batches", "schedule", "checkpoint", "folder", "keeper", "logs", "optimizers", "trainer"),
     "board": ("summary", "effects", "render", "check"),
     "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "recheck"),
     "progress": (),
