@@ -154,6 +154,7 @@ class _Maker:
         if predictor == "unet":
             train = self._train(arm, prepare, part, fold, seed if seed is not None else 0)
             inputs["train"] = train.id
+            spec["network"] = recipe.network.model_dump(mode="json")
         if predictor == "threshold":
             spec["fit_on"] = self._digests(part.train)
         if predictor == "folder":

@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,6 +80,7 @@ def train(
     extend: bool = False,
     digests: Mapping[str, str] | None = None,
     tick: Tick | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> TrainResult:
     """Train a U-Net; write `log.jsonl`, `final.safetensors` and `best.safetensors` (with manifests) into `out`.
 
@@ -95,7 +96,7 @@ def train(
     extend      `out` may hold a finished training of the same settings with fewer epochs; it gets the rest. Its learning rate
                 then follows the longer schedule, so it is not what a training of that length from the start would be
     digests     case id -> digest of its data, to save hashing the arrays
-    tick        called after every step
+    tick        called after every step; `say` with a sentence about where the training begins
     Raises InputError for settings that cannot work and for a folder of another training (the differences are listed), CaseError
     when the loss is not finite.
     """
@@ -110,6 +111,7 @@ def train(
             start_from(run.network, pretrained)
         with open_folder(out, checkpoints, identity, overwrite, extend) as opened:
             if opened.result is not None:
+                say(f"{out} holds this training, finished; it is not trained again")
                 return read_finished(out, opened.result)
             now = environment_of(device, threads)
             if (found := disk.load_checkpoint(checkpoints)) is not None:
@@ -118,6 +120,7 @@ def train(
                 refuse_other(str(checkpoints), found.state["identity"] | ({EPOCHS: identity[EPOCHS]} if grown else {}), identity)
                 warn_of_changes(found.state["environment"], now)
                 run.restore(found, grown)
+                say(f"going on from the checkpoint {found.place.name}: epoch {run.at.epoch + 1}, {run.at.step} steps of it done")
             write_mark(out, opened, now)
             about = {"seed": seed} | ({} if started is None else {"pretrained": started})
             with open_log(out / LOG, run.at.log) as log, signals() as stop:
