@@ -167,3 +167,96 @@ def test_kill_9_leaves_no_result_and_the_next_attempt_succeeds(tmp_path: Path) -
     done = subprocess.run([sys.executable, "-c", program, str(folder)], env=os.environ, check=False)
     assert done.returncode == DONE
     assert (result_of(folder) or {})["attempt"] == 2
+
+
+class Killed(BaseException):
+    """Stands in for kill -9 inside a stage: no exit.json, no result."""
+
+
+THREE_EPOCHS = (
+    "[plan]\nbase_features = 4\nmax_features = 8\nmemory_gb = 0.01\n"
+    "[training]\nepochs = 3\niterations_per_epoch = 2\nvalidation_iterations = 1\n"
+)
+
+
+def training_step(cohort: Path, root: Path, preset: Path) -> Path:
+    """The folder of a training step whose preparation is done."""
+    from ichbench.ablation.dag import make_dag
+    from ichbench.ablation.study import make_study
+    from ichbench.cases.cohort import read_cohort
+
+    preset.write_text(THREE_EPOCHS)
+    study = preset.with_name("study.toml")
+    study.write_text('why = "one arm"\nfloor = false\nceilings = false\n')
+    dag = make_dag(make_study(str(study), str(preset)), read_cohort(cohort), (0,), ("full",), "cpu", 1, "instance2022")
+    folders = {step.kind: write_step(root, step, "cpu", 1) for step in dag.steps.values()}
+    assert run_step(folders["prepare"]) == DONE
+    return folders["train"]
+
+
+def test_a_killed_training_step_goes_on_in_the_next_attempt(small_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from functools import partial
+
+    from ichbench.training import folder as training_folder
+    from ichbench.training import trainer
+    from ichbench.training.checkpoint import places, save_checkpoint
+
+    monkeypatch.setattr(training_folder, "Saving", partial(training_folder.Saving, every_steps=1))
+    whole, broken = (training_step(small_phantom, tmp_path / name, tmp_path / "preset.toml") for name in ("whole", "broken"))
+    assert run_step(whole) == DONE
+    made, drawn = trainer.make_batch, list[int]()
+
+    def dies_at(last: int) -> None:
+        def batch(cases: object, sampling: object, stream: int, step: int) -> object:
+            if stream == trainer.TRAIN_STREAM:
+                drawn.append(step)
+                if step == last:
+                    raise Killed
+            return made(cases, sampling, stream, step)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(trainer, "make_batch", batch)
+
+    for attempt, last in enumerate((3, 4), start=1):
+        dies_at(last)
+        with pytest.raises(Killed):
+            run_step(broken)
+        assert len(places(broken / f"attempts/{attempt}/kept")) == 2
+        assert not (broken / "attempts/1/kept").exists() or attempt == 1
+    # an attempt that lives on somewhere cannot add to what the others went on from
+    with pytest.raises(InputError, match="could not be written"):
+        save_checkpoint(broken / "attempts/1/kept", 9, 9, {}, {})
+    dies_at(-1)
+    drawn.clear()
+    assert run_step(broken) == DONE
+    assert drawn == [4, 5]
+    assert "going on from the checkpoint 000001-000002" in (broken / "attempts/3/log").read_text()
+    one, two = result_of(whole), result_of(broken)
+    assert one is not None
+    assert two is not None
+    assert one["training"] == two["training"]
+    assert {name: one["files"][name] for name in ("final.safetensors", "best.safetensors")} == {
+        name: two["files"][name] for name in ("final.safetensors", "best.safetensors")
+    }
+    assert sorted(two["files"]) == ["best.json", "best.safetensors", "final.json", "final.safetensors", "log.jsonl", "training.json"]
+    assert not list(broken.glob("attempts/*/kept"))
+
+
+def test_an_interrupted_training_step_keeps_its_state(small_phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ichbench.training import trainer
+    from ichbench.training.checkpoint import places
+
+    folder = training_step(small_phantom, tmp_path / "steps", tmp_path / "preset.toml")
+    made = trainer.make_batch
+
+    def interrupted(cases: object, sampling: object, stream: int, step: int) -> object:
+        if stream == trainer.TRAIN_STREAM and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(cases, sampling, stream, step)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "make_batch", interrupted)
+        assert run_step(folder) == AGAIN
+    assert last_message(folder) == "interrupted"
+    assert [place.name for place in places(folder / "attempts/1/kept")] == ["000001-000002"]
+    assert run_step(folder) == DONE
+    assert "going on from" in (folder / "attempts/2/log").read_text()

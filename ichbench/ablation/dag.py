@@ -155,6 +155,7 @@ class _Maker:
         if predictor == "unet":
             train = self._train(arm, prepare, part, fold, seed if seed is not None else 0)
             inputs["train"] = train.id
+            spec["network"] = recipe.network.model_dump(mode="json")
             if recipe.plan.stage == "cascade":
                 inputs["first"] = self._predict(first_stage(arm), part, fold, seed, None)[0].id
         if predictor == "threshold":

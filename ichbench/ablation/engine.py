@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.ablation.dag import Dag, Step
-from ichbench.ablation.step import AGAIN, DONE, is_finished, last_message, result_of, run_step, write_step
+from ichbench.ablation.step import AGAIN, DONE, INTERRUPTED, is_finished, last_message, result_of, run_step, write_step
 
 #: glibc gives large blocks back to the system after every use and takes them again, 10 % of a training step and a third of a
 #: prediction on a CPU; these settings keep them
@@ -105,9 +105,11 @@ def run_dag(dag: Dag, root: Path, device: str, threads: int, workers: int, show:
                     continue
                 tries[step_id] = tries.get(step_id, 0) + 1
                 # a process that was killed says nothing about the step; one with a message would fail again
-                if (process.exitcode or 0) < 0 and tries[step_id] <= RETRIES:
+                interrupted = process.exitcode == AGAIN and last_message(folders[step_id]) == INTERRUPTED
+                if ((process.exitcode or 0) < 0 or interrupted) and tries[step_id] <= RETRIES:
                     waiting.insert(0, step_id)
-                    show(clock.event("retry", dag.steps[step_id], names, f"ended by signal {-(process.exitcode or 0)}"))
+                    why = "interrupted" if interrupted else f"ended by signal {-(process.exitcode or 0)}"
+                    show(clock.event("retry", dag.steps[step_id], names, why))
                     continue
                 code = process.exitcode if process.exitcode is not None and process.exitcode > 0 else 1
                 outcome.codes[step_id] = code

@@ -31,11 +31,16 @@ from ichbench.cases.files import write_atomically
 from ichbench.errors import CaseError, InputError
 
 DONE, FAILED, WRONG_INPUT, AGAIN = 0, 1, 2, 75
+#: message of an attempt that a signal ended
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a stage function gets: the spec, where the cohort lies, the finished inputs, and a folder to write to."""
+    """What a stage function gets: the spec, where the cohort lies, the finished inputs, and a folder to write to.
+
+    What it writes to `kept` is there again in the next attempt, if this one does not end.
+    """
 
     spec: dict[str, Any]
     where: dict[str, str]
@@ -43,6 +48,7 @@ class Task:
     out: Path
     device: str
     threads: int
+    kept: Path | None = None
 
     def model(self, name: str, model: Any) -> Any:
         """A part of the recipe out of the spec."""
@@ -107,13 +113,14 @@ def _attempt(folder: Path) -> int:
     number = 1 + max((int(path.name) for path in folder.glob("attempts/*") if path.name.isdecimal()), default=0)
     attempt = folder / "attempts" / str(number)
     (attempt / "output").mkdir(parents=True)
+    _inherit(folder, attempt)
     began = time.monotonic()
     notes: list[str] = []
     with (attempt / "log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         print(f"{table['label']} (attempt {number})", flush=True)  # noqa: T201
         try:
             inputs = {name: output_of(folder.parent / step_id) for name, step_id in table["inputs"].items()}
-            task = Task(table["spec"], table["where"], inputs, attempt / "output", table["device"], table["threads"])
+            task = Task(table["spec"], table["where"], inputs, attempt / "output", table["device"], table["threads"], attempt / "kept")
             with _collected_warnings(notes):
                 extra = STAGES[table["kind"]](task)
         except (InputError, CaseError) as error:
@@ -121,7 +128,7 @@ def _attempt(folder: Path) -> int:
             message = str(error)
             print(message)  # noqa: T201
         except KeyboardInterrupt:
-            code, message = AGAIN, "interrupted"
+            code, message = AGAIN, INTERRUPTED
         except Exception as error:  # a defect of ours: the log keeps the traceback, the user gets one line
             code, message = FAILED, f"{type(error).__name__}: {error} (see {attempt / 'log'})"
             traceback.print_exc()
@@ -138,9 +145,20 @@ def _attempt(folder: Path) -> int:
         result = {"attempt": number, "seconds": seconds, "notes": list(dict.fromkeys(notes)), "files": files} | extra
         write_atomically(folder / "result.json", json.dumps(result, indent=1, sort_keys=True).encode())
         for old in (folder / "attempts").iterdir():
+            shutil.rmtree(old / "kept", ignore_errors=True)
             if old.name != str(number):
                 shutil.rmtree(old / "output", ignore_errors=True)
     return code
+
+
+def _inherit(folder: Path, attempt: Path) -> None:
+    """What the last attempt kept for the next one, taken over by one rename: an attempt that still lives somewhere, on a machine
+    that knows nothing of our lock, can no longer add to it or take from it."""
+    before = [path for path in folder.glob("attempts/*/kept") if path.parent.name.isdecimal()]
+    if before:
+        max(before, key=lambda path: int(path.parent.name)).rename(attempt / "kept")
+    else:
+        (attempt / "kept").mkdir()
 
 
 def last_message(folder: Path) -> str:
@@ -207,8 +225,9 @@ def _train(task: Task) -> dict[str, Any]:
     from ichbench.cases.labels import rules_from_json
     from ichbench.prepare.configuration import network_plan
     from ichbench.prepare.plan import Plan
-    from ichbench.prepare.store import read_prepared
+    from ichbench.prepare.store import prepared_digest, read_prepared
     from ichbench.recipe import NetworkRecipe, TrainingRecipe
+    from ichbench.training.folder import Saving
     from ichbench.training.patches import TrainingCase
     from ichbench.training.trainer import train
 
@@ -237,6 +256,9 @@ def _train(task: Task) -> dict[str, Any]:
         task.device,
         task.threads,
         rules=rules,
+        saving=Saving(task.kept, keep=False),
+        digests={name: prepared_digest(store, name) for name in names},
+        say=lambda text: print(text, flush=True),  # noqa: T201
     )
     about = {name: getattr(result, name) for name in ("epochs", "best_epoch", "moving_average", "pseudo_dice", "stopped_early")}
     return {"training": about | {"final_sha256": result.final_sha256, "best_sha256": result.best_sha256}}
@@ -262,10 +284,7 @@ def _predict(task: Task) -> dict[str, Any]:
         from ichbench.prepare.configuration import network_plan
 
         _set_threads(task.threads)
-        step = json.loads((task.inputs["train"].parents[2] / "step.json").read_text(encoding="utf-8"))
-        network = make_unet(
-            network_plan(tools["plan"], cohort.rules), NetworkRecipe.model_validate_json(json.dumps(step["spec"]["network"]))
-        )
+        network = make_unet(network_plan(tools["plan"], cohort.rules), task.model("network", NetworkRecipe))
         load_weights(network, task.inputs["train"] / f"{inference.checkpoint}.safetensors")
         tools["networks"] = [network.to(task.device).eval()]
     if "first" in task.inputs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import hashlib
 import json
 import os
 import secrets
@@ -108,5 +110,38 @@ def write_atomically(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` last through a power failure. Windows knows no such thing, and some network drives refuse it."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def seal(table: dict[str, Any]) -> bytes:
+    """JSON of `table` with its own sha256, so that `unseal` sees every flipped bit."""
+    return (json.dumps({"sha256": _digest(table), "content": table}, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """What `seal` wrote. ValueError where the file is damaged, OSError where it cannot be read."""
+    table = json.loads(path.read_bytes())
+    content = table.get("content") if isinstance(table, dict) else None
+    if not isinstance(content, dict) or table.get("sha256") != _digest(content):
+        raise ValueError("its sha256 is not that of its content")
+    return content
+
+
+def _digest(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True, allow_nan=False).encode()).hexdigest()

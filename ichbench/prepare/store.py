@@ -97,6 +97,12 @@ def read_prepared(folder: Path, case_id: str, mmap: bool = True, verify: bool = 
     )
 
 
+def prepared_digest(folder: Path, case_id: str) -> str:
+    """One digest for all arrays of a case, from those in its `case.json`; nothing is read but that file."""
+    table = _case_table(_place(folder, case_id), folder)
+    return hashlib.sha256(json.dumps(table["sha256"], sort_keys=True).encode()).hexdigest()
+
+
 def list_prepared(folder: Path) -> tuple[str, ...]:
     """Ids of the cases in a folder, sorted; unfinished ones are not listed."""
     if not folder.is_dir():

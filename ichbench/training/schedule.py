@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 def poly_learning_rate(epoch: int, epochs: int, first: float, exponent: float) -> float:
@@ -33,3 +34,40 @@ class Best:
 def should_stop(best: Best, epoch: int, patience_epochs: int) -> bool:
     """Have `patience_epochs` epochs passed since the best one (or since the start, if there is none)?"""
     return epoch - best.epoch >= patience_epochs
+
+
+@dataclass
+class Position:
+    """Where a training stands, weights and optimizer apart. It goes into checkpoints as JSON, which keeps every bit of a float.
+
+    epoch, step   the next epoch, and the steps of it that are done; `loss_sum` over those
+    average       moving average of the pseudo-Dice; `best` of it; `pseudo_dice` of the last epoch, one per class (None: unseen)
+    log           the log's lines, so that a log file that was torn or lost can be written again
+    seconds       in all attempts; `epoch_seconds` and `wait_seconds` (for batches) of the epoch at work
+    stopped       by early stopping
+    """
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    average: float | None = None
+    best: Best = Best()
+    pseudo_dice: tuple[float | None, ...] = ()
+    log: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    stopped: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field; a best value that does not exist yet is null."""
+        best = {"value": self.best.value if self.best.epoch >= 0 else None, "epoch": self.best.epoch}
+        return {**vars(self), "best": best, "pseudo_dice": list(self.pseudo_dice), "log": list(self.log)}
+
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> Position:
+        """What `to_json` made."""
+        best = table["best"]
+        known = {name: table[name] for name in cls.__dataclass_fields__}
+        known["best"] = Best() if best["value"] is None else Best(best["value"], best["epoch"])
+        return cls(**known | {"pseudo_dice": tuple(table["pseudo_dice"])})

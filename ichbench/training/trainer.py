@@ -1,14 +1,17 @@
-"""Training: epochs of patches, losses and pseudo-Dice logged as JSON lines, weights as safetensors (facts section 8)."""
+"""Training: epochs of patches, losses and pseudo-Dice logged as JSON lines, weights as safetensors (facts section 8).
+
+An unfinished training goes on from its last checkpoint when it is started again, and ends with the bits of an unbroken one:
+a batch depends on (seed, stream, step) alone, so step, weights and optimizer are all the state there is.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +23,34 @@ from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.errors import CaseError, InputError
 from ichbench.network.losses import LOSSES, Loss, Supervision, supervised
 from ichbench.network.unet import Topology, UNet, make_unet
-from ichbench.network.weights import save_weights
+from ichbench.network.weights import save_tensors, start_from, weights_digest
 from ichbench.recipe import NetworkRecipe, TrainingRecipe
+from ichbench.training import checkpoint as disk
 from ichbench.training.batches import Sampling, ahead, make_batch
+from ichbench.training.folder import (
+    EPOCHS,
+    LOG,
+    Saving,
+    TrainResult,
+    environment_of,
+    identity_of,
+    open_folder,
+    read_finished,
+    refuse_other,
+    result_table,
+    warn_of_changes,
+    write_mark,
+)
+from ichbench.training.keeper import Keeper, signals
+from ichbench.training.logs import LogFile, Sink, Tick, epoch_line, open_log
+from ichbench.training.optimizers import OPTIMIZERS, optimizer_tensors, restore_optimizer
 from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, TrainingWarning, choose_cases
-from ichbench.training.schedule import Best, moving_average, poly_learning_rate, should_stop
+from ichbench.training.schedule import Position, moving_average, poly_learning_rate, should_stop
 from ichbench.training.supervision import count_hits, dice_of, make_supervision
 
 #: threads that cut and augment patches while a GPU trains; a CPU training does both in one thread
 GPU_WORKERS = 8
+DEFAULT_SAVING = Saving()
 
 
 class TrainingPlan(Topology, Protocol):
@@ -42,23 +64,6 @@ class TrainingPlan(Topology, Protocol):
     def batch_dice(self) -> bool: ...
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """Where the weights are and how the training went. `final` and `best` are *.safetensors with their sha256;
-    `best` has the highest moving average of the pseudo-Dice (it equals `final` when nothing was validated)."""
-
-    final: Path
-    best: Path
-    final_sha256: str
-    best_sha256: str
-    epochs: int
-    best_epoch: int
-    moving_average: float | None
-    pseudo_dice: tuple[float | None, ...]
-    seconds: float
-    stopped_early: bool
-
-
 def train(
     cases: Sequence[TrainingCase],
     validation_cases: Sequence[TrainingCase],
@@ -69,24 +74,68 @@ def train(
     out: Path,
     device: str = "cpu",
     threads: int = 1,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Sink | None = None,
+    *,
     rules: LabelRules | None = None,
+    saving: Saving = DEFAULT_SAVING,
+    pretrained: Path | None = None,
+    overwrite: bool = False,
+    extend: bool = False,
+    digests: Mapping[str, str] | None = None,
+    tick: Tick | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> TrainResult:
     """Train a U-Net; write `log.jsonl`, `final.safetensors` and `best.safetensors` (with manifests) into `out`.
 
-    `log.jsonl` has one line per epoch: epoch, epochs, train_loss, val_loss, pseudo_dice (one per foreground label or region),
-    moving_average, learning_rate, seconds, steps_per_second; `progress` receives the same. A value that does not exist
-    (no validation, no foreground seen) is null. The same seed, threads and machine give the same weights.
+    `log.jsonl` has one line per epoch (`logs.epoch_line`): epoch, epochs, train_loss, val_loss, pseudo_dice (one per label or
+    region), moving_average, learning_rate, and what was measured (`logs.MEASURED`); `progress` receives the same. A value that
+    does not exist (no validation, no foreground seen) is null. The same seed, threads and machine give the same weights.
     `rules` say what the outputs stand for; by default one label each, background first.
     With no validation cases, or validation_iterations = 0, nothing is validated and `best` is `final`.
-    Raises InputError for settings that cannot work, CaseError when the loss is not finite.
+
+    Called again on the same `out`, an unfinished training goes on from its last checkpoint; a finished one is returned as it is.
+    SIGINT, SIGTERM and SIGUSR1 end it after the current step, with a checkpoint, by KeyboardInterrupt.
+    pretrained  weights that all but the heads start from
+    overwrite   remove what `out` holds of a training and begin anew
+    extend      `out` may hold a finished training of the same settings with fewer epochs; it gets the rest. Its learning rate
+                then follows the longer schedule, so it is not what a training of that length from the start would be
+    digests     case id -> digest of its data, to save hashing the arrays
+    tick        called after every step; `say` with a sentence about where the training begins
+    Raises InputError for settings that cannot work and for a folder of another training (the differences are listed), CaseError
+    when the loss is not finite.
     """
     _check(cases, training, seed, validates=bool(validation_cases) and training.validation_iterations > 0)
-    supervision = make_supervision(rules or plain_rules(plan.n_classes), plan.n_classes, plan.batch_dice, training)
-    out.mkdir(parents=True, exist_ok=True)
-    with _threads(threads), (out / "log.jsonl").open("w", buffering=1, encoding="utf-8") as log:
-        run = _Run(cases, validation_cases, plan, network, training, seed, out, torch.device(device), supervision)
-        return run.to_the_end(log.write, progress)
+    rules = plain_rules(plan.n_classes) if rules is None else rules
+    supervision = make_supervision(rules, plan.n_classes, plan.batch_dice, training)
+    started = None if pretrained is None else weights_digest(pretrained)
+    identity = identity_of(plan, network, training, seed, cases, validation_cases, digests, started) | {"labels": rules.to_json()}
+    checkpoints = out / "checkpoints" if saving.folder is None else saving.folder
+    with _threads(threads):
+        # what cannot be built is known before anything is touched
+        run = _Run(cases, validation_cases, plan, network, training, seed, torch.device(device), supervision)
+        if pretrained is not None:
+            start_from(run.network, pretrained)
+        with open_folder(out, checkpoints, identity, overwrite, extend) as opened:
+            if opened.result is not None:
+                say(f"{out} holds this training, finished; it is not trained again")
+                return read_finished(out, opened.result)
+            now = environment_of(device, threads)
+            if (found := disk.load_checkpoint(checkpoints)) is not None:
+                # an extended training's checkpoint still names its old length
+                grown = found.state["identity"].get(EPOCHS) in opened.earlier
+                refuse_other(str(checkpoints), found.state["identity"] | ({EPOCHS: identity[EPOCHS]} if grown else {}), identity)
+                warn_of_changes(found.state["environment"], now)
+                run.restore(found, grown)
+                say(f"going on from the checkpoint {found.place.name}: epoch {run.at.epoch + 1}, {run.at.step} steps of it done")
+            write_mark(out, opened, now)
+            about = {"seed": seed} | ({} if started is None else {"pretrained": started})
+            with open_log(out / LOG, run.at.log) as log, signals() as stop:
+                keeper = Keeper(checkpoints, saving, {"identity": identity, "environment": now}, stop)
+                run.to_the_end(keeper, log, progress, tick)
+                result = run.write(out, about)
+            write_mark(out, replace(opened, result=result_table(result)), now)
+            disk.clear(checkpoints, 1 if saving.keep else 0)
+            return result
 
 
 class _Run:
@@ -100,13 +149,12 @@ class _Run:
         network: NetworkRecipe,
         training: TrainingRecipe,
         seed: int,
-        out: Path,
         device: torch.device,
         supervision: Supervision,
     ) -> None:
         self.cases = choose_cases(cases, training.cases, seed)
         self.validation_cases = validation_cases if training.validation_iterations else []
-        self.plan, self.recipe, self.out, self.device, self.seed = plan, training, out, device, seed
+        self.plan, self.recipe, self.device = plan, training, device
         centred = training.foreground_position == "centre"
         clamped = training.compatibility == "ichbench"
         share = training.foreground_share
@@ -123,56 +171,73 @@ class _Run:
         self.loss = supervised_loss
         self.workers = GPU_WORKERS if device.type == "cuda" else 0
 
-    def to_the_end(self, write: Callable[[str], Any], progress: Callable[[dict[str, Any]], None] | None) -> TrainResult:
-        began, recipe = time.monotonic(), self.recipe
-        average: float | None = None
-        best, best_sha, stopped, pseudo_dice = Best(), "", False, tuple[float, ...]()
-        best_path, final_path = self.out / "best.safetensors", self.out / "final.safetensors"
-        for epoch in range(recipe.epochs):
-            epoch_began = time.monotonic()
-            rate = poly_learning_rate(epoch, recipe.epochs, recipe.learning_rate, recipe.poly_exponent)
-            train_loss = self.train_epoch(epoch, rate)
-            per_second = recipe.iterations_per_epoch / max(time.monotonic() - epoch_began, 1e-9)
-            val_loss, pseudo_dice = self.validate_epoch(epoch)
-            average = moving_average(average, _mean(pseudo_dice), recipe.moving_average)
-            improved = best.after(epoch, average)
-            if improved is not best:
-                best = improved
-                best_sha = save_weights(self.network, best_path, {"seed": self.seed, "epoch": epoch, "moving_average": average})
-            line = {
-                "epoch": epoch,
-                "epochs": recipe.epochs,
-                "train_loss": train_loss,
-                "val_loss": val_loss,
-                "pseudo_dice": [_or_none(value) for value in pseudo_dice],
-                "moving_average": average,
-                "learning_rate": rate,
-                "seconds": round(time.monotonic() - epoch_began, 3),
-                "steps_per_second": round(per_second, 3),
-            }
-            write(json.dumps(line, allow_nan=False) + "\n")
+        self.at = Position()
+        self.best: dict[str, Tensor] = {}
+        self.keeper: Keeper | None = None
+
+    def restore(self, found: disk.Checkpoint, grown: bool) -> None:
+        """Go on from a checkpoint; one that has `grown` was at its end, and is no more."""
+        self.network.load_state_dict(disk.named("network", found.tensors))
+        restore_optimizer(self.optimizer, found.tensors, found.state["optimizer"])
+        self.best = disk.named("best", found.tensors)
+        self.at = Position.from_json(found.state["at"])
+        self.at.stopped = self.at.stopped and not grown
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything that `restore` needs."""
+        tensors, plain = optimizer_tensors(self.optimizer)
+        tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        return tensors, {"at": self.at.to_json(), "optimizer": plain}
+
+    def to_the_end(self, keeper: Keeper, log: LogFile, progress: Sink | None, tick: Tick | None) -> None:
+        at, recipe = self.at, self.recipe
+        self.keeper = keeper
+        while at.epoch < recipe.epochs and not at.stopped:
+            rate = poly_learning_rate(at.epoch, recipe.epochs, recipe.learning_rate, recipe.poly_exponent)
+            train_loss = self.train_epoch(at.epoch, rate, tick)
+            keeper.clock(at)
+            train_seconds = at.epoch_seconds
+            val_loss, pseudo_dice = self.validate_epoch(at.epoch)
+            keeper.clock(at)
+            at.average = moving_average(at.average, _mean(pseudo_dice), recipe.moving_average)
+            at.pseudo_dice = tuple(_or_none(value) for value in pseudo_dice)
+            if (improved := at.best.after(at.epoch, at.average)) is not at.best:
+                at.best = improved
+                self.best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+            about: dict[str, Any] = {"epoch": at.epoch, "epochs": recipe.epochs, "train_loss": train_loss, "val_loss": val_loss}
+            about |= {"pseudo_dice": list(at.pseudo_dice), "moving_average": at.average, "learning_rate": rate}
+            recent = [*(line["seconds"] for line in at.log[-4:]), at.epoch_seconds]
+            to_go = sum(recent) / len(recent) * (recipe.epochs - at.epoch - 1)
+            steps, size, device = recipe.iterations_per_epoch, self.plan.batch_size, str(self.device)
+            line = epoch_line(about, at.epoch_seconds, at.wait_seconds, train_seconds, steps, size, to_go, device)
+            at.log.append(line)
+            at.stopped = recipe.early_stopping != "off" and should_stop(at.best, at.epoch, recipe.early_stopping.patience_epochs)
+            at.epoch, at.step, at.loss_sum, at.epoch_seconds, at.wait_seconds = at.epoch + 1, 0, 0.0, 0.0, 0.0
+            log.add(line)
             if progress is not None:
                 progress(line)
-            if recipe.early_stopping != "off" and should_stop(best, epoch, recipe.early_stopping.patience_epochs):
-                stopped = epoch + 1 < recipe.epochs
-                break
-        about = {"seed": self.seed, "epoch": epoch, "moving_average": average}
-        final_sha = save_weights(self.network, final_path, about)
-        if best.epoch < 0:
-            best, best_sha = Best(epoch=epoch), save_weights(self.network, best_path, about)
-        dice = tuple(_or_none(value) for value in pseudo_dice)
-        seconds = time.monotonic() - began
-        return TrainResult(final_path, best_path, final_sha, best_sha, epoch + 1, best.epoch, average, dice, seconds, stopped)
+            keeper.after_step(self, last=at.epoch == recipe.epochs or at.stopped)
 
-    def train_epoch(self, epoch: int, rate: float) -> float:
-        """One epoch of steps at one learning rate; the mean loss."""
+    def write(self, out: Path, about: dict[str, Any]) -> TrainResult:
+        """Final and best weights, and what there is to say about them."""
+        at, final, best = self.at, out / "final.safetensors", out / "best.safetensors"
+        weights = self.network.state_dict()
+        final_sha = save_tensors(weights, final, about | {"epoch": at.epoch - 1, "moving_average": at.average})
+        value, epoch = (at.best.value, at.best.epoch) if at.best.epoch >= 0 else (at.average, at.epoch - 1)
+        best_sha = save_tensors(self.best or weights, best, about | {"epoch": epoch, "moving_average": value})
+        early = at.stopped and at.epoch < self.recipe.epochs
+        return TrainResult(final, best, final_sha, best_sha, at.epoch, epoch, at.average, at.pseudo_dice, at.seconds, early)
+
+    def train_epoch(self, epoch: int, rate: float, tick: Tick | None) -> float:
+        """One epoch of steps at one learning rate, or what is left of it; the mean loss of all its steps."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
-        steps = self.recipe.iterations_per_epoch
-        first, total = epoch * steps, 0.0
-        batches = ahead(lambda step: make_batch(self.cases, self.sampling, TRAIN_STREAM, step), range(first, first + steps), self.workers)
-        for number, (image, target) in enumerate(batches):
+        at, steps = self.at, self.recipe.iterations_per_epoch
+        numbers = range(epoch * steps + at.step, (epoch + 1) * steps)
+        batches = ahead(lambda step: make_batch(self.cases, self.sampling, TRAIN_STREAM, step), numbers, self.workers)
+        for image, target in self.watched(batches, waits=True):
             self.optimizer.zero_grad(set_to_none=True)
             with self.precision():
                 outputs = self.network(image.to(self.device, non_blocking=True))
@@ -180,14 +245,32 @@ class _Run:
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise CaseError(
-                    f"training diverged: the loss is {value} in epoch {epoch}, step {number}; "
+                    f"training diverged: the loss is {value} in epoch {epoch}, step {at.step}; "
                     "check the images for NaN, or lower training.learning_rate"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
             self.optimizer.step()
-            total += value
-        return total / steps
+            at.loss_sum += value
+            at.step += 1
+            if tick is not None:
+                tick(epoch, at.step, steps, value)
+            if self.keeper is not None:
+                self.keeper.after_step(self)
+        return at.loss_sum / steps
+
+    def watched(self, batches: Iterator[tuple[Tensor, Tensor]], waits: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same batches; the time waited for them is counted, and a signal ends validation between two of them."""
+        with contextlib.closing(batches) if isinstance(batches, Generator) else contextlib.nullcontext():
+            while True:
+                if self.keeper is not None and self.keeper.stop.is_set():
+                    self.keeper.after_step(self)
+                began = time.monotonic()
+                batch = next(batches, None)
+                self.at.wait_seconds += time.monotonic() - began if waits else 0.0
+                if batch is None:
+                    return
+                yield batch
 
     def validate_epoch(self, epoch: int) -> tuple[float | None, tuple[float, ...]]:
         """Mean loss, and per class the Dice of all validation patches of the epoch taken together (NaN: class unseen)."""
@@ -199,7 +282,7 @@ class _Run:
         cases, sampling = self.validation_cases, self.validation_sampling
         batches = ahead(lambda step: make_batch(cases, sampling, VALIDATION_STREAM, step), range(first, first + steps), self.workers)
         with torch.no_grad():
-            for image, labels in batches:
+            for image, labels in self.watched(batches):
                 target = labels.to(self.device)
                 with self.precision():
                     outputs = self.network(image.to(self.device))
@@ -209,18 +292,6 @@ class _Run:
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")
-
-
-def _sgd(parameters: Iterator[nn.Parameter], recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    nesterov = recipe.momentum > 0
-    return torch.optim.SGD(parameters, recipe.learning_rate, recipe.momentum, 0, recipe.weight_decay, nesterov, fused=True)
-
-
-def _adamw(parameters: Iterator[nn.Parameter], recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
-
-
-OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter], TrainingRecipe], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
 
 
 def _check(cases: Sequence[TrainingCase], training: TrainingRecipe, seed: int, validates: bool) -> None:

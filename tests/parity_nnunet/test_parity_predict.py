@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 pytest.importorskip("nnunetv2")
 
 from nn_predictor import make_predictor, plain_unet, small_network, their_labels, train_briefly
+from nn_training import train_hippocampus
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.cohort import Cohort, read_cohort
@@ -240,28 +241,33 @@ def test_real_cases_with_a_trained_network(hippocampus: tuple[Cohort, Plan, Any,
             assert dice(ours, case.labels_zyx) > 0.2, name
 
 
-def test_a_model_that_nnunet_trained(shared_data: Path, tmp_path: Path) -> None:
-    """ICHBENCH_NNUNET_MODEL names a result folder for Dataset004_Hippocampus: its own prediction against ours after the import."""
+def test_a_model_that_nnunet_trained(shared_data: Path, nnunet_folders: Path, fresh_seed: int, tmp_path: Path) -> None:
+    """Planned, prepared and trained by nnunetv2 for a minute: its own prediction of the held-out cases against ours after the import.
+
+    ICHBENCH_NNUNET_MODEL may name another result folder for Dataset004_Hippocampus.
+    """
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    model = os.environ.get("ICHBENCH_NNUNET_MODEL")
-    if model is None:
-        pytest.skip("no trained model: set ICHBENCH_NNUNET_MODEL to a result folder of nnU-Net for Dataset004_Hippocampus")
+    given = os.environ.get("ICHBENCH_NNUNET_MODEL")
+    model = Path(given) if given else train_hippocampus(shared_data, nnunet_folders, fresh_seed)
     cohort = read_cohort(shared_data / "Dataset004_Hippocampus")
-    names = five_folds(cohort.train_ids)[0]["val"][:2]
+    names = five_folds(cohort.train_ids)[0]["val"]
     predictor = nnUNetPredictor(0.5, True, True, False, torch.device("cpu"), allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(model, (0,), "checkpoint_final.pth")
+    predictor.initialize_from_trained_model_folder(str(model), (0,), "checkpoint_final.pth")
     files = [[str(cohort.record(name).images[0])] for name in names]
     predictor.predict_from_files_sequential(files, [str(tmp_path / name) for name in names], False, True, None)
-    import_nnunet(Path(model), tmp_path / "model", "final", ["0"])
+    import_nnunet(model, tmp_path / "model", "final", ["0"])
     imported = load_model(tmp_path / "model")
+    found = []
     for name in names:
         list(predict_path(imported, cohort.record(name).images[0], tmp_path / "ours" / f"{name}.nii.gz"))
         theirs, ours = (read_labels(folder / f"{name}.nii.gz")[0] for folder in (tmp_path, tmp_path / "ours"))
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
         truth = cohort.load(name).labels_zyx
         assert truth is not None
-        assert dice(ours, truth) > 0.5, name
+        found.append(dice(ours, truth))
+    assert len(found) == 8
+    assert np.mean(found) > 0.5, "a model that finds nothing proves nothing"
 
 
 def test_real_head_ct(shared_data: Path, fresh_seed: int) -> None:

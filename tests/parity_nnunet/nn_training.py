@@ -1,0 +1,72 @@
+"""A model that nnunetv2 itself plans, prepares and trains: Hippocampus at 1.5 mm, 8 features, a minute on one core."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STEPS, EPOCHS, MIRRORED = 60, 4, (0, 2)
+
+
+def train_hippocampus(shared_data: Path, folders: Path, seed: int) -> Path:
+    """Run nnU-Net's own planning, preprocessing and training on Dataset004 and return the result folder of 3d_fullres, fold 0.
+
+    What is ours: few features, Adam (a few hundred steps of SGD learn nothing) and mirroring
+    along two axes as the only augmentation (the others would take most of the time).
+    """
+    from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+    from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+    from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    class Quick(nnUNetTrainer):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.network.parameters(), 6e-3)
+            return optimizer, PolyLRScheduler(optimizer, 6e-3, self.num_epochs)
+
+        def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:
+            rotation, dummy, _, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+            # nothing is turned, so nothing needs room around the patch
+            return rotation, dummy, self.configuration_manager.patch_size, MIRRORED
+
+        @staticmethod
+        def get_training_transforms(*args: Any, **kwargs: Any) -> Any:
+            names = ("is_cascaded", "foreground_labels", "regions", "ignore_label")
+            scales = kwargs.get("deep_supervision_scales", args[2] if len(args) > 2 else None)
+            rest = nnUNetTrainer.get_validation_transforms(scales, **{name: kwargs[name] for name in names if name in kwargs})
+            # what is mirrored at prediction must have been seen mirrored
+            return ComposeTransforms([MirrorTransform(MIRRORED), *rest.transforms])
+
+    # a result folder is named after its trainer, and found again by that name
+    Quick.__name__ = "nnUNetTrainer"
+    data = "Dataset004_Hippocampus"
+    shutil.copytree(shared_data / data, folders / "raw" / data, copy_function=os.symlink)
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    extract_fingerprints([4], num_processes=1, check_dataset_integrity=False)
+    plan_experiments([4], overwrite_target_spacing=(1.5, 1.5, 1.5))
+    where = folders / "preprocessed" / data
+    plans = json.loads((where / "nnUNetPlans.json").read_text())
+    chosen = plans["configurations"]["3d_fullres"]
+    network = chosen["architecture"]["arch_kwargs"]
+    network["features_per_stage"] = [min(64, 8 * 2**stage) for stage in range(network["n_stages"])]
+    chosen["batch_size"] = 2
+    (where / "nnUNetPlans.json").write_text(json.dumps(plans))
+    preprocess([4], configurations=("3d_fullres",), num_processes=(1,))
+    before = os.environ.get("nnUNet_n_proc_DA")
+    os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
+    try:
+        trainer = Quick(
+            plans | {"continue_training": False}, "3d_fullres", 0, json.loads((where / "dataset.json").read_text()), torch.device("cpu")
+        )
+        trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = EPOCHS, STEPS, 1
+        trainer.run_training()
+    finally:
+        os.environ["nnUNet_n_proc_DA"] = before or "1"
+    return folders / "results" / data / "nnUNetTrainer__nnUNetPlans__3d_fullres"
