@@ -97,6 +97,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "batches",
         "schedule",
         "supervision",
+        "parallel",
         "checkpoint",
         "folder",
         "keeper",

@@ -20,9 +20,8 @@ SMOOTH = 1e-5
 NOTHING = -100
 
 
-def own_samples(sums: Tensor) -> Tensor:
-    """Sums over the samples of this process, for a training of one process."""
-    return sums
+#: sums over the samples of this process -> sums over those of all processes
+Pooled = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Supervision:
     dice_weight, ce_weight   of the two terms of a sum
     nnunet          with regions and an ignore label, nnU-Net adds the heads' cross-entropies up, where it averages them
                     without an ignore label; ours averages them always, so that an ignore label nobody uses changes nothing
-    pooled          (heads,) sums over the samples of this process -> over those of all processes
+    pooled          in a training of several processes: how their sums become one, so that the loss is that of the whole batch
     """
 
     rules: LabelRules
@@ -43,7 +42,7 @@ class Supervision:
     dice_weight: float = 1.0
     ce_weight: float = 1.0
     nnunet: bool = False
-    pooled: Callable[[Tensor], Tensor] = own_samples
+    pooled: Pooled | None = None
 
 
 #: (logits (b, heads, *spatial), labels (b, *spatial) integer, supervision) -> scalar
@@ -82,37 +81,59 @@ def soft_dice(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
     # (heads, 3, b)
     sums = torch.stack(terms)
     if how.batch_dice:
-        sums = how.pooled(sums.sum(2, keepdim=True))
+        sums = sums.sum(2, keepdim=True)
+        sums = sums if how.pooled is None else how.pooled(sums)
     overlap, reference, predicted = sums.unbind(1)
-    return ((2 * overlap + SMOOTH) / (reference + predicted + SMOOTH).clamp_min(1e-8)).mean()
+    each = (2 * overlap + SMOOTH) / (reference + predicted + SMOOTH).clamp_min(1e-8)
+    return each.mean() if how.batch_dice else _mean(each, how)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
     """Mean over the voxels that are not ignored of -log softmax at the label, or of every region's binary cross-entropy;
     0 when no voxel is left."""
     ignore = how.rules.ignore
-    if ignore is not None and not bool((labels != ignore).any()):
+    if how.pooled is None and ignore is not None and not bool((labels != ignore).any()):
         return logits.sum() * 0.0
     weights = _weights(logits, how)
     if not how.rules.has_regions:
-        return F.cross_entropy(_wide(logits), labels, weights, ignore_index=NOTHING if ignore is None else ignore)
+        skipped = NOTHING if ignore is None else ignore
+        if how.pooled is None:
+            return F.cross_entropy(_wide(logits), labels, weights, ignore_index=skipped)
+        total = F.cross_entropy(_wide(logits), labels, weights, ignore_index=skipped, reduction="sum")
+        kept = labels[labels != skipped]
+        return _ratio(total, weights[kept].sum() if weights is not None else kept.new_tensor(kept.numel(), dtype=total.dtype), how)
     truth = torch.stack([is_of(labels, target) for target in how.rules.targets], dim=1).to(_wide(logits).dtype)
     each = F.binary_cross_entropy_with_logits(_wide(logits), truth, reduction="none")
     if weights is not None:
         each = each * weights.reshape(1, -1, *(1,) * (each.ndim - 2))
     if ignore is None:
-        return each.mean()
+        return _mean(each, how)
     valid = (labels != ignore)[:, None]
     heads = 1 if how.nnunet else each.shape[1]
-    return (each * valid).sum() / (valid.sum() * heads)
+    return _ratio((each * valid).sum(), valid.sum().to(each.dtype) * heads, how)
+
+
+def _mean(values: Tensor, how: Supervision) -> Tensor:
+    """The mean over the values of all processes."""
+    return values.mean() if how.pooled is None else _ratio(values.sum(), values.new_tensor(values.numel()), how)
+
+
+def _ratio(total: Tensor, count: Tensor, how: Supervision) -> Tensor:
+    """Total over count, each summed over all processes; nothing counted is a total of nothing."""
+    if how.pooled is not None:
+        total, count = how.pooled(torch.stack([total, count])).unbind()
+    return total / count.clamp_min(1e-8)
 
 
 def top_cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
-    """Mean cross-entropy of the tenth of all voxels where it is highest (plain labels only); ignored voxels count 0."""
+    """Mean cross-entropy of the tenth of all voxels where it is highest (plain labels only); ignored voxels count 0.
+
+    Several processes take a tenth of their own voxels each.
+    """
     weights = _weights(logits, how)
     ignore = NOTHING if how.rules.ignore is None else how.rules.ignore
     each = F.cross_entropy(_wide(logits), labels, weights, ignore_index=ignore, reduction="none").flatten()
-    return each.topk(max(1, each.numel() // 10), sorted=False).values.mean()
+    return _mean(each.topk(max(1, each.numel() // 10), sorted=False).values, how)
 
 
 def dice_ce(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
