@@ -102,6 +102,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "wins",
         "ranking",
         "resampling",
+        "grid",
         "published",
         "rank_board",
         "rank_render",

@@ -213,19 +213,30 @@ def prepare(cube: Cube, missing: Rule | None = None, infinite: Rule | None = Non
             lower = _penalise(cube, lower, cells, rule, what, sign_m11, notes)
     if not kept.any(axis=(1, 2)).all():
         empty = [metric for m, metric in enumerate(cube.metrics) if not kept[m].any()]
-        raise InputError(f"no case is left for {listed(empty)}, so nothing can be ranked by it; leave the metric out or choose another rule")
+        raise InputError(
+            f"no case is left for {listed(empty)}, so nothing can be ranked by it; leave the metric out or choose another rule"
+        )
     whole_case_gone = ~kept.any(axis=1, keepdims=True)
-    per_arm = [tuple(int(n) for n in cells.sum(axis=(0, 2))) for cells in (~kept & ~whole_case_gone, worst & kept, penalised & kept)]
-    notes += [f"{arm}: ranked on {len(cube.metrics) * len(cube.cases) - n} of {len(cube.metrics) * len(cube.cases)} values; "
-              "the rest was dropped for this arm alone" for arm, n in zip(cube.arms, per_arm[0], strict=True) if n]  # fmt: skip
     worst &= kept
-    lower = np.where(kept & ~worst, lower, 0.0)
-    return Prepared(cube.metrics, cube.arms, cube.cases, lower, worst, kept, *per_arm, tuple(notes))
+    return Prepared(
+        metrics=cube.metrics,
+        arms=cube.arms,
+        cases=cube.cases,
+        lower_mac=np.where(kept & ~worst, lower, 0.0),
+        worst_mac=worst,
+        kept_mac=kept,
+        n_dropped=_by_arm(~kept & ~whole_case_gone),
+        n_worst=_by_arm(worst),
+        n_penalised=_by_arm(penalised & kept),
+        notes=tuple(notes),
+    )
 
 
-def _penalise(
-    cube: Cube, lower: FloatArray, cells: BoolArray, rule: Rule, what: str, sign_m11: FloatArray, notes: list[str]
-) -> FloatArray:
+def _by_arm(cells_mac: BoolArray) -> tuple[int, ...]:
+    return tuple(int(n) for n in cells_mac.sum(axis=(0, 2)))
+
+
+def _penalise(cube: Cube, lower: FloatArray, cells: BoolArray, rule: Rule, what: str, sign_m11: FloatArray, notes: list[str]) -> FloatArray:
     filled = lower.copy()
     for m, metric in enumerate(cube.metrics):
         if not cells[m].any():

@@ -149,7 +149,7 @@ def _means_mra(prepared: Prepared, weights_rc: FloatArray) -> FloatArray:
 
 
 def _medians_mra(prepared: Prepared, weights_rc: FloatArray) -> FloatArray:
-    """Medians over cases, the middle two averaged; an infinite one only where it is in the middle. A worst cell counts as worse than inf."""
+    """Medians over cases, the middle two averaged; inf where one of those is. A worst cell counts as worse than inf."""
     found = np.empty((len(prepared.metrics), len(weights_rc), len(prepared.arms)))
     for m in range(len(prepared.metrics)):
         for a in range(len(prepared.arms)):

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.board.cube import Prepared
-from ichbench.board.ranking import Scheme, Ties, case_ranks_mca, mean_ra, rank_arms
+from ichbench.board.ranking import Scheme, Ties, case_ranks_mca, rank_arms
 from ichbench.board.summary import LEVEL, FloatArray, generator_for
 from ichbench.board.wins import ALPHA, FEWEST_PAIRS, holm, two_sided_p
 from ichbench.errors import InputError
@@ -48,7 +48,7 @@ class Pair:
     """Two arms, the better one first by its mean rank over cases, and whether they can be told apart.
 
     p, p_holm  two-sided Wilcoxon signed-rank test over cases of the arms' mean ranks over metrics; adjusted for all pairs
-    n          cases in which the two differ
+    n          cases (groups, where those are given) in which the two differ
     """
 
     better: str
@@ -120,8 +120,10 @@ def rank_counts(ranks_ra: FloatArray) -> list[dict[float, int]]:
     return found
 
 
-def separable_pairs(prepared: Prepared, alpha: float = ALPHA) -> list[Pair]:
+def separable_pairs(prepared: Prepared, groups: Sequence[str] | None = None, alpha: float = ALPHA) -> list[Pair]:
     """Every pair of arms, tested over cases on the mean over metrics of the ranks within each case; Holm over all pairs.
+
+    With `groups` (one name per case) the cases of a group are averaged first: they are not independent, and a group counts once.
 
     One test per pair says whether the order of the two would hold with other cases, whatever the units of the metrics. With fewer than
     `wins.FEWEST_PAIRS` cases in which two arms differ they are never called separable.
@@ -130,6 +132,11 @@ def separable_pairs(prepared: Prepared, alpha: float = ALPHA) -> list[Pair]:
     kept = ~np.isnan(ranks_mca)
     n_metrics = kept.sum(axis=0)
     mean_ca = np.where(n_metrics > 0, np.where(kept, ranks_mca, 0.0).sum(axis=0) / np.maximum(n_metrics, 1), np.nan)
+    if groups is not None:
+        members = np.array([[group == name for group in groups] for name in sorted(set(groups))], dtype=float)
+        defined_ca = ~np.isnan(mean_ca)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean_ca = (members @ np.where(defined_ca, mean_ca, 0.0)) / (members @ defined_ca)
     first, second = np.triu_indices(len(prepared.arms), k=1)
     if not len(first):
         return []
@@ -204,4 +211,4 @@ def _inversions(rows_rn: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def mean_rank_a(prepared: Prepared, ranks_ra: FloatArray) -> FloatArray:
     """The mean of each arm's ranks over the resamples."""
-    return mean_ra(ranks_ra.T, None, np.ones((1, len(ranks_ra))))[0]
+    return np.asarray(ranks_ra.mean(axis=0))

@@ -43,9 +43,7 @@ def wins_mra(prepared: Prepared, weights_rc: FloatArray, alpha: float = ALPHA) -
     return wins
 
 
-def pair_differences(
-    prepared: Prepared, m: int, first: NDArray[np.intp], second: NDArray[np.intp]
-) -> tuple[FloatArray, NDArray[np.bool_]]:
+def pair_differences(prepared: Prepared, m: int, first: NDArray[np.intp], second: NDArray[np.intp]) -> tuple[FloatArray, NDArray[np.bool_]]:
     """first - second per pair and case, and where both count. A worst cell is worse than inf; two of them, and two inf, are equal."""
     lower, worst, kept = prepared.lower_mac[m], prepared.worst_mac[m], prepared.kept_mac[m]
     with np.errstate(invalid="ignore"):
@@ -64,9 +62,9 @@ def signed_rank_z(
 
     A case drawn k times counts as k tied pairs. Where nothing differs the scores are 0 on the side of no evidence.
     """
-    size = np.abs(differences_pc)
-    counts = (size > 0) & kept_pc
-    order = np.argsort(np.where(counts, size, np.inf), axis=1, kind="stable")
+    counts = (differences_pc != 0) & kept_pc
+    size = np.where(counts, np.abs(differences_pc), -1.0)  # what does not count comes first, and never among infinite differences
+    order = np.argsort(size, axis=1, kind="stable")
     sorted_size = np.take_along_axis(size, order, axis=1)
     weights_pcr = weights_rc.T[order] * np.take_along_axis(counts, order, axis=1)[:, :, None]
     cumulated = np.cumsum(weights_pcr, axis=1)

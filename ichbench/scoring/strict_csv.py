@@ -1,8 +1,9 @@
-"""CSV files as people and spreadsheets leave them: read in one documented way, or refused with line and column. Nothing is guessed.
+"""CSV files as people and spreadsheets leave them: read in one documented way, or refused with line and column.
 
 Read: UTF-8 with or without byte order mark; LF or CRLF; commas, or semicolons or tabs where the header has those; rows in any order.
-Numbers have a decimal point and nothing else (`1014.45`, `1e-7`), or are `inf`, `-inf`, `nan`. Refused, because one text could mean two numbers:
-`1,014.45`, `1.014,45`, `0,85`, `95 %`, an empty cell, `NA`. Refused too: other encodings, empty lines and empty names.
+Numbers have a decimal point and nothing else (`1014.45`, `1e-7`), or are `inf`, `-inf`, `nan`. Refused,
+because one text could mean two numbers, or none: `1,014.45`, `1.014,45`, `0,85`, `95 %`, an empty cell,
+`NA`. Refused too: other encodings, empty lines and empty names.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Line:
 
 
 def read_lines(path: Path, header: Sequence[str], optional: bool = False) -> list[Line]:
-    """The lines after the header, which must be `header`; with `optional` it may have more columns, in any order, and all are cut to `header`.
+    """The lines after the header, which must be `header`; with `optional` there may be other columns too, which are left out.
 
     InputError with file and line for anything that is not such a table.
     """
@@ -41,7 +42,7 @@ def read_lines(path: Path, header: Sequence[str], optional: bool = False) -> lis
     try:
         with source.open(encoding="utf-8-sig", newline="") as stream:
             first = stream.readline()
-            separator = next((mark for mark in SEPARATORS if _split(first, mark) != [first.strip("\r\n")]), ",")
+            separator = _separator_of(first)
             stream.seek(0)
             reader = csv.reader(stream, strict=True, delimiter=separator)
             found = next(reader, [])
@@ -64,6 +65,16 @@ def read_lines(path: Path, header: Sequence[str], optional: bool = False) -> lis
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{source} cannot be read as a table in UTF-8: {error}") from error
     return lines
+
+
+def columns_of(path: Path) -> tuple[str, ...]:
+    """The names in the first line. InputError for a file that cannot be read."""
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as stream:
+            first = stream.readline()
+            return tuple(_split(first, _separator_of(first)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as a table in UTF-8: {error}") from error
 
 
 def number_of(text: str) -> float:
@@ -106,6 +117,10 @@ def in_short(messages: Sequence[str]) -> str:
     """The first few messages, and how many more there are."""
     more = f"; and {len(messages) - SHOWN} more like it" if len(messages) > SHOWN else ""
     return "; ".join(messages[:SHOWN]) + more
+
+
+def _separator_of(header: str) -> str:
+    return next((mark for mark in SEPARATORS if len(_split(header, mark)) > 1), ",")
 
 
 def _split(line: str, separator: str) -> list[str]:

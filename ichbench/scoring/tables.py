@@ -198,7 +198,8 @@ def read_score_files(paths: Sequence[Path], known_metrics: bool = False) -> list
         if known_metrics:
             _check_metrics(source, lines)
         for line, value in zip(lines, numbers_of(source, lines, 5, "value"), strict=True):
-            row = Score(*line.cells[:5], value)
+            arm, fold, seed, case, metric = line.cells[:5]
+            row = Score(arm, fold, seed, case, metric, value)
             where = f"{source}, line {line.number}"
             first = seen.setdefault(row[:5], where)
             if first != where:
@@ -247,4 +248,3 @@ def _sd(numbers: Sequence[float]) -> float:
 
 def _where(row: Score) -> str:
     return f"arm {row.arm!r}, fold {row.fold!r}, seed {row.seed!r}, case {row.case!r}, metric {row.metric!r}"
-
