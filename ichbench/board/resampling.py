@@ -174,7 +174,7 @@ def kendall_tau_b(first_a: FloatArray, second_ra: FloatArray) -> FloatArray:
     tied_other = _tied_pairs(np.sort(other, axis=1))
     discordant = _inversions(both % width)
     concordant = pairs - tied_one - tied_other + _tied_pairs(both) - discordant
-    scale = np.sqrt((pairs - tied_one).astype(float)) * np.sqrt((pairs - tied_other).astype(float))
+    scale = np.sqrt((pairs - tied_one).astype(float) * (pairs - tied_other))
     with np.errstate(invalid="ignore", divide="ignore"):
         tau = np.where(scale > 0, (concordant - discordant) / scale, np.nan)
     return np.clip(tau, -1.0, 1.0)
@@ -207,8 +207,3 @@ def _inversions(rows_rn: NDArray[np.int64]) -> NDArray[np.int64]:
         work = np.take_along_axis(blocks, order, axis=2).reshape(r, size)
         half *= 2
     return found
-
-
-def mean_rank_a(prepared: Prepared, ranks_ra: FloatArray) -> FloatArray:
-    """The mean of each arm's ranks over the resamples."""
-    return np.asarray(ranks_ra.mean(axis=0))

@@ -201,8 +201,10 @@ def read_score_files(paths: Sequence[Path], known_metrics: bool = False) -> list
             arm, fold, seed, case, metric = line.cells[:5]
             row = Score(arm, fold, seed, case, metric, value)
             where = f"{source}, line {line.number}"
-            first = seen.setdefault(row[:5], where)
-            if first != where:
+            first = seen.get(row[:5])
+            if first is None:
+                seen[row[:5]] = where
+            else:
                 at = first.removeprefix(f"{source}, ") if first.startswith(f"{source}, ") else first
                 repeated.append(f"{where}: {_where(row)} was already given in {at}")
             rows.append(row)
@@ -224,7 +226,7 @@ def _check_metrics(source: Path, lines: Sequence[Line]) -> None:
             near = difflib.get_close_matches(metric.strip().lower(), METRICS, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             texts.append(f"line {numbers[0]}: there is no metric {metric!r} (column 5, {len(numbers)} such rows){hint}")
-        raise InputError(f"{source}, {in_short(texts)} Metrics are {', '.join(METRICS)}")
+        raise InputError(f"{source}, {in_short(texts)}. Metrics are {', '.join(METRICS)}")
 
 
 def _check_names(target: Path, rows: Iterable[Score]) -> None:
