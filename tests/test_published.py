@@ -32,7 +32,8 @@ OFFICIAL = {
     "superembrace": (7, 5, 4), "scan": (8, 9, 9), "dolphins": (9, 10, 10), "nic-vicorob": (10, 11, 12), "2i_mtl": (11, 8, 8),
     "avich": (12, 12, 10), "visal": (13, 13, 13),
 }  # fmt: skip
-SHEETS = {"test": (3, {"dice": "B", "rvd": "C", "nsd": "D", "hd": "E"}), "re-run 1": (1, {"dice": "B", "rvd": "D", "nsd": "F", "hd": "H"}), "re-run 2": (2, {"dice": "B", "rvd": "D", "nsd": "F", "hd": "H"})}  # fmt: skip
+RERUN = {"dice": "B", "rvd": "D", "nsd": "F", "hd": "H"}
+SHEETS = {"test": (3, {"dice": "B", "rvd": "C", "nsd": "D", "hd": "E"}), "re-run 1": (1, RERUN), "re-run 2": (2, RERUN)}
 HEAD = ",".join(HEADER) + "\n"
 
 
@@ -45,7 +46,8 @@ def sheet(path: Path, number: int) -> list[dict[str, str]]:
     """Rows of a worksheet: column letter -> text."""
     name = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
     with zipfile.ZipFile(path) as book:
-        strings = ["".join(t.text or "" for t in item.iter(f"{name}t")) for item in ElementTree.fromstring(book.read("xl/sharedStrings.xml")).findall(f"{name}si")]  # noqa: S314 # fmt: skip
+        texts = ElementTree.fromstring(book.read("xl/sharedStrings.xml"))  # noqa: S314
+        strings = ["".join(t.text or "" for t in item.iter(f"{name}t")) for item in texts.findall(f"{name}si")]
         rows = []
         for row in ElementTree.fromstring(book.read(f"xl/worksheets/sheet{number}.xml")).iter(f"{name}row"):  # noqa: S314
             cells = {}

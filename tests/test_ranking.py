@@ -147,8 +147,7 @@ def test_schemes_are_what_plain_loops_give(seed: int, scheme: object, ties: Ties
     cube = drawn(seed, holes=True)
     try:
         ready = prepare(cube, Rule(holes), Rule(unending))  # type: ignore[arg-type]
-    except InputError as error:
-        assert "no case is left" in str(error)
+    except InputError:  # no case is left for some metric
         return
     rng = np.random.default_rng(seed + 1)
     cases = len(cube.cases)

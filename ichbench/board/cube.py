@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.board.summary import FloatArray, exact_mean, listed
+from ichbench.board.summary import listed
 from ichbench.errors import InputError
 from ichbench.scoring.protocol import METRICS, Better, split_metric
 
 if TYPE_CHECKING:
     from ichbench.scoring.score import Score
 
+FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 Kind = Literal["refuse", "exact", "worst", "drop", "drop-case", "penalty"]
 #: What may be asked for absent and undefined values, and for infinite ones; the first is the default.
@@ -272,11 +273,13 @@ def _holes(cube: Cube, hole: BoolArray) -> str:
                     found.append(f"{arm!r} has {word} in {metric} for {int(cells.sum())} of {len(cube.cases)} cases ({names})")
     shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more such lines" if len(found) > 8 else "")
     return (
-        f"not ranked, because values are missing and no arm is ranked on the rest quietly: {shown}. Score every arm on every case, or say "
+        f"values are missing, and no arm is ranked on the rest quietly: {shown}. Score every arm on every case, or say "
         "what a missing value is worth: --missing worst, drop, drop-case, or penalties such as dice=0,hd=374 "
         "(nan may mean that there is nothing to measure, as in two empty masks: then drop-case is fair)"
     )
 
 
 def _mean_of_runs(found: list[float]) -> float:
-    return exact_mean([value for value in found if not math.isnan(value)])
+    runs = [value for value in found if not math.isnan(value)]
+    both_infinities = math.inf in runs and -math.inf in runs
+    return math.fsum(runs) / len(runs) if runs and not both_infinities else math.nan

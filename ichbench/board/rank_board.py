@@ -29,8 +29,7 @@ class RankBoard:
     by_scheme     scheme -> rank of each arm (a,), for every scheme that these arms and metrics allow
     taus          Kendall's tau-b between those
     pairs         None where there are too many arms to test every pair
-    n_groups      groups (patients) that were resampled; None where cases were
-    groups        per case, or None
+    n_groups      groups (patients) that were resampled; None where cases were, or every group is one case
     """
 
     cube: Cube
@@ -129,7 +128,7 @@ def build_ranking(
         by_scheme={name: tuple(map(float, ranks)) for name, ranks in by_scheme.items()},
         taus=tau_between(by_scheme),
         pairs=tuple(separable_pairs(prepared, of_case)) if len(cube.arms) <= MOST_ARMS_IN_PAIRS else None,
-        n_groups=None if of_case is None else len(set(of_case)),
+        n_groups=None if of_case is None or len(set(of_case)) == len(of_case) else len(set(of_case)),
         missing=missing or Rule("refuse"),
         infinite=infinite or Rule("exact"),
     )

@@ -10,8 +10,8 @@ import numpy as np
 
 from ichbench.board.grid import Grid, csv_of, heading, markdown_of, safe, shown_rank, text_of, wrapped
 from ichbench.board.rank_board import RankBoard, podium_rows
-from ichbench.board.resampling import rank_counts
-from ichbench.board.summary import LEVEL, ROUGH_BELOW_CASES
+from ichbench.board.resampling import LEVEL, rank_counts
+from ichbench.board.summary import ROUGH_BELOW_CASES
 from ichbench.board.wins import ALPHA
 from ichbench.cases.files import write_atomically
 
@@ -194,7 +194,7 @@ def _notes(board: RankBoard) -> list[str]:
             f"{len(apart)} of {len(board.pairs)} pairs are separable (Wilcoxon test of the mean ranks over {units}, Holm, "
             f"{ALPHA:.0%}){': ' if apart else ''}{named}{more}"
         )
-    if board.n_groups is not None and board.n_groups < n and "test-then-rank" in board.by_scheme:
+    if board.n_groups is not None and "test-then-rank" in board.by_scheme:
         notes.append(f"test-then-rank takes the {n} cases as independent although they are {board.n_groups} groups, so it is too sure.")
     if n < ROUGH_BELOW_CASES:
         notes.append(f"{n} cases: below {ROUGH_BELOW_CASES} all of this is rough.")

@@ -16,8 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from ichbench.board.cube import Prepared
-from ichbench.board.summary import FloatArray
+from ichbench.board.cube import FloatArray, Prepared
 from ichbench.board.wins import wins_mra
 from ichbench.errors import InputError
 

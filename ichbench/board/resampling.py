@@ -15,13 +15,15 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.board.cube import Prepared
+from ichbench.board.cube import FloatArray, Prepared
 from ichbench.board.ranking import Scheme, Ties, case_ranks_mca, rank_arms
-from ichbench.board.summary import LEVEL, FloatArray, generator_for
+from ichbench.board.summary import generator_for
 from ichbench.board.wins import ALPHA, FEWEST_PAIRS, holm, two_sided_p
 from ichbench.errors import InputError
 
 DEFAULT_RESAMPLES = 1000
+#: Share of the resamples between the ends of a rank interval.
+LEVEL = 0.95
 #: Numbers (metric x arm x resample) that one thread holds at once.
 BLOCK = 1 << 20
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.board.cube import Prepared
-from ichbench.board.summary import FloatArray
+from ichbench.board.cube import FloatArray, Prepared
 
 #: Level of the tests of the ranking by tests, after Holm's adjustment.
 ALPHA = 0.05

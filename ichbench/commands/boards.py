@@ -91,6 +91,7 @@ def _ranking(
     from ichbench.board.resampling import DEFAULT_RESAMPLES
 
     asked = rank not in (None, "none") or missing != "refuse" or infinite != "exact" or ties is not None or resamples is not None
+    asked = asked or metrics is not None
     if rank == "none" or not (asked or by_default):
         return None
     present = {row.metric for row in rows}
