@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. Heavy imports live inside the commands.
 
-Those about models and plans have files of their own in commands/.
+Those about models, plans and boards have files of their own in commands/.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ichbench.commands.boards import board
 from ichbench.commands.models import ensemble, nnunet, postprocessing, predict, select
 from ichbench.commands.named import named_folders
 from ichbench.commands.plans import fingerprint, plan
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
 app.add_typer(nnunet, name="nnunet", help="Trained models from nnU-Net v2 and to it.")
-for command in (fingerprint, plan, predict, select, ensemble):
+for command in (fingerprint, plan, predict, select, ensemble, board):
     app.command()(command)
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -209,29 +210,6 @@ def _mean_interval(metric: str, values: Sequence[float]) -> tuple[float, float]:
 
     resamples = max(100, min(DEFAULT_RESAMPLES, 20_000_000 // max(len(values), 1)))  # bounds the memory: all draws are held at once
     return mean_interval(np.array(values), generator_for(0, metric), resamples)
-
-
-@app.command()
-def board(
-    scores: Annotated[list[Path], typer.Argument(help="one or more scores.csv, or folders that hold one")],
-    out: Annotated[Path | None, typer.Option(help="write board.csv and board.md here")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="arm that the others are compared with (default: base, if there is one); or none")
-    ] = None,
-) -> None:
-    """Make a board from score rows."""
-    from ichbench.board.render import board_text, build_board, write_board
-    from ichbench.scoring.tables import read_scores
-
-    rows = [row for path in scores for row in read_scores(path / "scores.csv" if path.is_dir() else path)]
-    arms = sorted({row.arm for row in rows})
-    if base not in (None, "none", *arms):
-        raise InputError(f"--base {base!r} is not among the arms {', '.join(arms)}; give one of them, or none")
-    chosen = base or ("base" if "base" in arms else "none")
-    made = build_board(rows, base=None if chosen == "none" else chosen)
-    typer.echo(board_text(made))
-    if out is not None:
-        typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in write_board(made, out)))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -13,8 +14,9 @@ import numpy as np
 
 from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
-from ichbench.scoring.protocol import MARKS, Protocol, get_protocol
+from ichbench.scoring.protocol import MARKS, METRICS, Protocol, get_protocol, split_metric
 from ichbench.scoring.score import Score
+from ichbench.scoring.strict_csv import Line, check_names, in_short, numbers_of, read_lines
 
 HEADER = ("arm", "fold", "seed", "case", "metric", "value")
 
@@ -175,25 +177,56 @@ def write_scores(path: Path, rows: Iterable[Score]) -> None:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """Rows of a scores.csv in the order of the file. InputError naming file and line for anything that is not such a file."""
-    source = Path(path)
+    """Rows of a scores.csv in the order of the file; what is read and what is refused: see `strict_csv`.
+
+    InputError naming file, line and column for anything that is not such a file, and listing numbers that are given twice.
+    """
+    return read_score_files([path])
+
+
+def read_score_files(paths: Sequence[Path], known_metrics: bool = False) -> list[Score]:
+    """Rows of several scores.csv, one file after the other; a number may come once in all of them together.
+
+    `known_metrics`: refuse rows of metrics that are not declared in `protocol.METRICS`, with the nearest that is.
+    """
     rows: list[Score] = []
-    seen: dict[tuple[str, ...], int] = {}
-    try:
-        with source.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = next(reader, [])
-            if tuple(header) != HEADER:
-                raise InputError(f"{source}, line 1: the header is {','.join(header)!r}, but must be {','.join(HEADER)!r}")
-            for cells in reader:
-                row = _parse(cells, f"{source}, line {reader.line_num}")
-                first = seen.setdefault(row[:5], reader.line_num)
-                if first != reader.line_num:
-                    raise InputError(f"{source}, line {reader.line_num}: {_where(row)} was already given in line {first}")
-                rows.append(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{source} cannot be read as a table of scores: {error}") from error
+    seen: dict[tuple[str, ...], str] = {}
+    repeated: list[str] = []
+    for source in map(Path, paths):
+        lines = read_lines(source, HEADER)
+        check_names(source, lines, range(5), HEADER, "fold and seed are '-' where there is none")
+        if known_metrics:
+            _check_metrics(source, lines)
+        for line, value in zip(lines, numbers_of(source, lines, 5, "value"), strict=True):
+            arm, fold, seed, case, metric = line.cells[:5]
+            row = Score(arm, fold, seed, case, metric, value)
+            where = f"{source}, line {line.number}"
+            first = seen.get(row[:5])
+            if first is None:
+                seen[row[:5]] = where
+            else:
+                at = first.removeprefix(f"{source}, ") if first.startswith(f"{source}, ") else first
+                repeated.append(f"{where}: {_where(row)} was already given in {at}")
+            rows.append(row)
+    if repeated:
+        raise InputError(in_short(repeated) + ". Keep one row of each number")
     return rows
+
+
+def _check_metrics(source: Path, lines: Sequence[Line]) -> None:
+    wrong: dict[str, list[int]] = {}
+    for line in lines:
+        try:
+            split_metric(line.cells[4])
+        except InputError:
+            wrong.setdefault(line.cells[4], []).append(line.number)
+    if wrong:
+        texts = []
+        for metric, numbers in wrong.items():
+            near = difflib.get_close_matches(metric.strip().lower(), METRICS, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            texts.append(f"line {numbers[0]}: there is no metric {metric!r} (column 5, {len(numbers)} such rows){hint}")
+        raise InputError(f"{source}, {in_short(texts)}. Metrics are {', '.join(METRICS)}")
 
 
 def _check_names(target: Path, rows: Iterable[Score]) -> None:
@@ -217,17 +250,3 @@ def _sd(numbers: Sequence[float]) -> float:
 
 def _where(row: Score) -> str:
     return f"arm {row.arm!r}, fold {row.fold!r}, seed {row.seed!r}, case {row.case!r}, metric {row.metric!r}"
-
-
-def _parse(cells: list[str], where: str) -> Score:
-    if len(cells) != len(HEADER):
-        raise InputError(f"{where}: {len(cells)} columns, but there must be {len(HEADER)}: {','.join(HEADER)}")
-    text = cells[5]
-    try:
-        # float() also takes "1_000" and blanks around a number, which no writer of this format makes
-        value = float(text if "_" not in text and text == text.strip() else "")
-    except ValueError:
-        raise InputError(f"{where}: the value is {text!r}; a number, inf or nan is needed") from None
-    if not all(cells[:5]):
-        raise InputError(f"{where}: a name is empty; fold and seed are '-' where there is none")
-    return Score(cells[0], cells[1], cells[2], cells[3], cells[4], value)
