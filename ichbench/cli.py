@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ichbench.commands.effects import effects
 from ichbench.commands.models import ensemble, nnunet, postprocessing, predict, select
 from ichbench.commands.named import named_folders
 from ichbench.commands.plans import fingerprint, plan
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
 app.add_typer(nnunet, name="nnunet", help="Trained models from nnU-Net v2 and to it.")
-for command in (fingerprint, plan, predict, select, ensemble):
+for command in (fingerprint, plan, predict, select, ensemble, effects):
     app.command()(command)
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -107,10 +108,13 @@ def _dry_run(settings: Any, folders: dict[str, Path]) -> None:
 
 def _print_finished(finished: Any) -> None:
     from ichbench.board.render import board_text
+    from ichbench.board.report import report_text
 
     if finished.board is not None:
         typer.echo("")
         typer.echo(board_text(finished.board))
+    if finished.report is not None:
+        typer.echo(report_text(finished.report, strata=False, effects=False), nl=False)
     for arm, notes in finished.notes.items():
         shown = notes[0] + (f" (and {len(notes) - 1} more like it in run.json)" if len(notes) > 1 else "")
         typer.echo(f"warning, {arm}: {shown}")
@@ -205,10 +209,10 @@ def score(
 def _mean_interval(metric: str, values: Sequence[float]) -> tuple[float, float]:
     import numpy as np
 
-    from ichbench.board.summary import DEFAULT_RESAMPLES, generator_for, mean_interval
+    from ichbench.board.summary import DEFAULT_RESAMPLES, generator_for, mean_interval, within_range
 
     resamples = max(100, min(DEFAULT_RESAMPLES, 20_000_000 // max(len(values), 1)))  # bounds the memory: all draws are held at once
-    return mean_interval(np.array(values), generator_for(0, metric), resamples)
+    return within_range(metric, mean_interval(np.array(values), generator_for(0, metric), resamples), values)
 
 
 @app.command()

@@ -92,10 +92,10 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "nnunet_export",
     ),
     "training": ("patches", "augment", "batches", "schedule", "trainer"),
-    "board": ("summary", "effects", "render", "check"),
+    "board": ("intervals", "signflip", "summary", "effects", "factorial", "strata", "curves", "words", "render", "report", "runs", "check"),
     "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "recheck"),
     "progress": (),
-    "commands": ("named", "models", "plans"),
+    "commands": ("named", "models", "plans", "effects"),
     "cli": (),
 }
 PLACE = {
