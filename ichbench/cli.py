@@ -243,12 +243,16 @@ def check(
     folder: Annotated[Path, typer.Argument(metavar="BOARD", help="a committed board, such as leaderboard/phantom")],
     rerun: Annotated[bool, typer.Option("--rerun", help="also train again and compare within the stated tolerance")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
+    junit: Annotated[Path | None, typer.Option(help="also write the outcome here as JUnit XML, for CI servers")] = None,
 ) -> None:
-    """Do the committed numbers still come out? Exits with 1 and a table when one does not."""
+    """Do the committed numbers still come out? Exits with 1 and a table when one does not, with 2 when BOARD is none."""
     from ichbench.ablation.recheck import recheck
-    from ichbench.board.check import check_json, render_check
+    from ichbench.board.check_report import check_json, check_junit, render_check
+    from ichbench.cases.files import write_atomically
 
     differences, compared = recheck(folder, rerun)
+    if junit is not None:
+        write_atomically(junit, check_junit(differences, compared, folder.resolve().name).encode())
     typer.echo((check_json if as_json else render_check)(differences, compared), nl=False)
     if differences or not compared:
         raise typer.Exit(1)
