@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ichbench.commands.boards import board
+from ichbench.commands.effects import effects
 from ichbench.commands.models import ensemble, nnunet, postprocessing, predict, select
 from ichbench.commands.named import named_folders
 from ichbench.commands.plans import fingerprint, plan
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
 app.add_typer(nnunet, name="nnunet", help="Trained models from nnU-Net v2 and to it.")
-for command in (fingerprint, plan, predict, select, ensemble, board):
+for command in (fingerprint, plan, predict, select, ensemble, board, effects):
     app.command()(command)
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -108,10 +109,13 @@ def _dry_run(settings: Any, folders: dict[str, Path]) -> None:
 
 def _print_finished(finished: Any) -> None:
     from ichbench.board.render import board_text
+    from ichbench.board.report import report_text
 
     if finished.board is not None:
         typer.echo("")
         typer.echo(board_text(finished.board))
+    if finished.report is not None:
+        typer.echo(report_text(finished.report, strata=False, effects=False), nl=False)
     for arm, notes in finished.notes.items():
         shown = notes[0] + (f" (and {len(notes) - 1} more like it in run.json)" if len(notes) > 1 else "")
         typer.echo(f"warning, {arm}: {shown}")
@@ -206,10 +210,10 @@ def score(
 def _mean_interval(metric: str, values: Sequence[float]) -> tuple[float, float]:
     import numpy as np
 
-    from ichbench.board.summary import DEFAULT_RESAMPLES, generator_for, mean_interval
+    from ichbench.board.summary import DEFAULT_RESAMPLES, generator_for, mean_interval, within_range
 
     resamples = max(100, min(DEFAULT_RESAMPLES, 20_000_000 // max(len(values), 1)))  # bounds the memory: all draws are held at once
-    return mean_interval(np.array(values), generator_for(0, metric), resamples)
+    return within_range(metric, mean_interval(np.array(values), generator_for(0, metric), resamples), values)
 
 
 @app.command()
@@ -217,12 +221,16 @@ def check(
     folder: Annotated[Path, typer.Argument(metavar="BOARD", help="a committed board, such as leaderboard/phantom")],
     rerun: Annotated[bool, typer.Option("--rerun", help="also train again and compare within the stated tolerance")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the outcome as JSON")] = False,
+    junit: Annotated[Path | None, typer.Option(help="also write the outcome here as JUnit XML, for CI servers")] = None,
 ) -> None:
-    """Do the committed numbers still come out? Exits with 1 and a table when one does not."""
+    """Do the committed numbers still come out? Exits with 1 and a table when one does not, with 2 when BOARD is none."""
     from ichbench.ablation.recheck import recheck
-    from ichbench.board.check import check_json, render_check
+    from ichbench.board.check_report import check_json, check_junit, render_check
+    from ichbench.cases.files import write_atomically
 
     differences, compared = recheck(folder, rerun)
+    if junit is not None:
+        write_atomically(junit, check_junit(differences, compared, folder.resolve().name).encode())
     typer.echo((check_json if as_json else render_check)(differences, compared), nl=False)
     if differences or not compared:
         raise typer.Exit(1)

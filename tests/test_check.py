@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichbench.board.check import SHOWN, check_json, compare_digests, compare_scores, compare_text, render_check
+from ichbench.board.check import Difference, compare_digests, compare_scores, compare_text
+from ichbench.board.check_report import SHOWN, SUITES, check_json, check_junit, render_check
 from ichbench.errors import InputError
 from ichbench.scoring.score import Score
 
@@ -136,3 +138,32 @@ def test_json_is_strict_and_complete() -> None:
     assert outcome["differences"] == [
         {"kind": "score", "where": "base/-/0/c1/hd", "committed": "inf", "fresh": "nan", "text": "moved by +nan; must be exact"}
     ]
+
+
+def junit(differences: list[Difference], n_compared: int) -> ElementTree.Element:
+    return ElementTree.fromstring(check_junit(differences, n_compared, "phantom"))  # noqa: S314 (our own text)
+
+
+def test_junit_has_the_same_cases_whether_they_pass_or_fail() -> None:
+    passed = junit([], 5)
+    assert [case.get("name", "").split(":")[0] for case in passed.iter("testcase")] == list(SUITES)
+    assert list(passed.iter("failure")) == []
+    assert passed.get("failures") == "0"
+    everything = [
+        Difference("text", "recipes/base", "dice_ce", "ce", "training.loss was dice_ce, is ce"),
+        *compare_digests({"case1": "a", "case2": "b"}, {"case1": "c"}),
+        *compare_scores(ROWS, changed(3, 0.5)),
+        *compare_text("board.csv", "a\n", "b\x00\x1b]<&>\n"),
+    ]
+    failed = junit(everything, 9)
+    texts = {failure.get("type"): failure.text or "" for failure in failed.iter("failure")}
+    assert list(texts) == list(SUITES)
+    assert (failed.get("tests"), failed.get("failures")) == ("4", "4")
+    assert "training.loss was dice_ce, is ce" in texts["recipes"]
+    assert texts["phantom"].count("\n") == 1  # both digests
+    assert "base/-/0/c1/nsd@1.0: moved by +0.25" in texts["scores"]
+    assert "board.csv:1" in texts["board"]
+
+
+def test_junit_of_nothing_is_no_pass() -> None:
+    assert {failure.text for failure in junit([], 0).iter("failure")} == {"nothing was compared"}

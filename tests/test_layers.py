@@ -107,10 +107,19 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "trainer",
     ),
     "board": (
+        "intervals",
+        "signflip",
         "summary",
         "effects",
+        "factorial",
+        "strata",
+        "curves",
+        "words",
         "render",
+        "report",
+        "runs",
         "check",
+        "check_report",
         "cube",
         "wins",
         "ranking",
@@ -123,7 +132,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     ),
     "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "recheck"),
     "progress": (),
-    "commands": ("named", "models", "plans", "boards"),
+    "commands": ("named", "models", "plans", "boards", "effects"),
     "cli": (),
 }
 PLACE = {

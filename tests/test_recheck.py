@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,8 +11,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from typer.testing import CliRunner
 
+from ichbench.ablation import recheck
 from ichbench.ablation.recheck import MAX_MASK_BYTES, freeze_board
+from ichbench.ablation.study import make_study
+from ichbench.board.check import Difference
+from ichbench.cli import app
 from ichbench.errors import InputError
 from ichbench.scoring.tables import read_scores
 
@@ -76,3 +82,55 @@ def test_only_a_finished_phantom_run_can_be_frozen(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a finished run on the embedded phantom"):
         freeze_board(tmp_path, tmp_path / "board")
     assert not (tmp_path / "board").exists()
+
+
+def test_stale_recipes_are_named_by_key(tmp_path: Path) -> None:
+    study = make_study("preprocessing", "smoke")
+    shutil.copytree(BOARD / "recipes", tmp_path / "recipes")
+    path = tmp_path / "recipes" / "base.json"
+    from ichbench.ablation.facts import recipe_json
+
+    for arm in study.arms:
+        (tmp_path / "recipes" / f"{arm.name}.json").write_text(recipe_json(arm))
+    assert recheck._stale_recipes(tmp_path, study) == ([], len(study.arms))
+    table = json.loads(path.read_text())
+    was = table["recipe"]["plan"]["base_features"]
+    table["recipe"]["plan"]["base_features"] = was + 1
+    table["recipe"]["plan"]["colour"] = "red"
+    table["recipe"]["inference"]["threshold"]["low_hu"] = 42
+    del table["recipe"]["network"]["deep_supervision"]
+    table["why"] = "because"
+    path.write_text(json.dumps(table))
+    (tmp_path / "recipes" / "unet2d.json").unlink()
+    found, _ = recheck._stale_recipes(tmp_path, study)
+    assert [(one.where, one.text) for one in found] == [
+        ("recipes/base", "inference.threshold.low_hu was 42, is fit"),
+        ("recipes/base", "network.deep_supervision is new, true"),
+        ("recipes/base", f"plan.base_features was {was + 1}, is {was}"),
+        ("recipes/base", "plan.colour was red, and is not known any more"),
+        ("recipes/base", "its reason changed"),
+        ("recipes/unet2d", "only in the study"),
+    ]
+
+
+@pytest.mark.parametrize(("differences", "compared", "code"), [((), 7, 0), ((), 0, 1), (("training.loss was dice_ce, is ce",), 7, 1)])
+def test_exit_codes_and_forms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differences: tuple[str, ...], compared: int, code: int
+) -> None:
+    made = [Difference("text", "recipes/base", "dice_ce", "ce", text) for text in differences]
+    monkeypatch.setattr(recheck, "recheck", lambda folder, rerun: (made, compared))
+    done = CliRunner().invoke(app, ["check", str(tmp_path), "--junit", str(tmp_path / "new" / "check.xml")])
+    assert done.exit_code == code
+    assert ("passed" in done.output) == (code == 0)
+    assert all(text in done.output for text in differences)
+    xml = (tmp_path / "new" / "check.xml").read_text()
+    assert xml.count("<testcase") == 4
+    assert all(text in xml for text in differences)
+    done = CliRunner().invoke(app, ["check", str(tmp_path), "--json"])
+    assert (done.exit_code, json.loads(done.output)["passed"]) == (code, code == 0)
+
+
+def test_a_folder_that_is_no_board_is_bad_input(tmp_path: Path) -> None:
+    done = subprocess.run([*CHECK[:-1], str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "board.json" in done.stderr

@@ -28,7 +28,6 @@ from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_labels
 from ichbench.errors import CaseError, InputError
-from ichbench.recipe import Recipe, diff
 from ichbench.scoring.probes import probe_rows
 from ichbench.scoring.score import Score, rows_for_case
 from ichbench.scoring.tables import read_scores, write_scores
@@ -163,18 +162,29 @@ def _stale_recipes(folder: Path, study: Study) -> tuple[list[Difference], int]:
             where = "the study" if name in now else "the board"
             found.append(Difference("text", f"recipes/{name}", None, None, f"only in {where}"))
             continue
-        try:
-            old = Recipe.model_validate_json(json.dumps(committed[name]["recipe"]))
-        except ValueError:
-            found.append(Difference("text", f"recipes/{name}", None, None, "its keys are not known any more; freeze the board again"))
-            continue
-        for key, (was, value) in diff(now[name].recipe, old).items():
-            found.append(Difference("text", f"recipes/{name}", str(was), str(value), f"{key} was {was}, is {value}"))
-        if now[name].recipe == old and json.loads(recipe_json(now[name])) != committed[name]:
-            found.append(
-                Difference("text", f"recipes/{name}", committed[name].get("why"), now[name].why, "its reason or a default changed")
-            )
+        was, value = _flat(committed[name].get("recipe")), _flat(json.loads(recipe_json(now[name]))["recipe"])
+        for key in sorted(was.keys() | value.keys()):
+            if key not in value:
+                text = f"{key} was {was[key]}, and is not known any more"
+            elif key not in was:
+                text = f"{key} is new, {value[key]}"
+            else:
+                text = f"{key} was {was[key]}, is {value[key]}"
+            if key not in was or key not in value or was[key] != value[key]:
+                found.append(Difference("text", f"recipes/{name}", was.get(key), value.get(key), text))
+        if committed[name].get("why") != now[name].why:
+            found.append(Difference("text", f"recipes/{name}", committed[name].get("why"), now[name].why, "its reason changed"))
     return found, len(committed)
+
+
+def _flat(table: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> value as written in a TOML file would read, for everything in a nested table."""
+    if not isinstance(table, dict):
+        return {prefix.removesuffix(".") or "recipe": table if isinstance(table, str) else json.dumps(table)}
+    found: dict[str, str] = {}
+    for key, value in table.items():
+        found |= _flat(value, f"{prefix}{key}.")
+    return found or ({prefix.removesuffix("."): "{}"} if prefix else {})
 
 
 def _board_files(rows: Iterable[Score], about: dict[str, Any]) -> tuple[str, str]:

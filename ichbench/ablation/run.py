@@ -18,6 +18,8 @@ from ichbench.ablation.settings import PHANTOM, Settings
 from ichbench.ablation.step import result_of
 from ichbench.ablation.study import UNTRAINED, Study, make_study
 from ichbench.board.render import Board, build_board, write_board
+from ichbench.board.report import Report, write_report
+from ichbench.board.runs import clusters_from, read_run, report_of_run
 from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
 from ichbench.cases.files import write_atomically
 from ichbench.cases.splits import write_splits
@@ -42,9 +44,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run ended with. `board` is None where the base arm has no scores."""
+    """What a run ended with. `board` is None where no arm has all its scores, `report` (its effects) where the base has not."""
 
     board: Board | None
+    report: Report | None
     written: tuple[Path, ...]
     notes: dict[str, list[str]]
     failed: dict[str, str]
@@ -116,13 +119,16 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
         "device": settings.device,
         "threads": settings.threads,
         "arms": [arm.name for arm in study.arms],
+        "base": study.base,
+        "design": study.design,
+        "factors": {name: list(levels) for name, levels in study.factors.items()},
         "failed": outcome.failed,
         "wall_seconds": round(time.time() - began, 1),
     }
     if settings.cohort == PHANTOM:
         about["phantom"] = PHANTOM_COHORT
     written: list[Path] = []
-    board = None
+    board = report = None
     if finished:
         if planned.folds != ("full",):
             write_splits(out / "splits_final.json", [used_split(planned.cohort, fold) for fold in planned.folds])
@@ -130,11 +136,16 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
         written = [out / "scores.csv", out / "cases.csv", out / "run.json"]
         order = [arm.name for arm in study.arms if arm.name in complete]
         base = study.base if study.base in complete else None
-        board = build_board(rows, base=base, arm_order=order)
+        run = read_run(out)
+        clusters = clusters_from(run.cases, sorted({row.case for row in rows}))
+        board = build_board(rows, base=base, arm_order=order, clusters=clusters)
         written += write_board(board, out)
+        if base is not None:
+            report = report_of_run(run)
+            written += write_report(report, out)
     labels = {planned.dag.steps[step_id].label: message for step_id, message in outcome.failed.items()}
     code = 0 if not outcome.failed else max(outcome.codes.values())
-    return Finished(board, tuple(written), run_notes(planned.dag, root, finished), labels, code)
+    return Finished(board, report, tuple(written), run_notes(planned.dag, root, finished), labels, code)
 
 
 def check_out(settings: Settings, study: Study) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,7 +47,10 @@ class StudyFile(BaseModel):
 
 @dataclass(frozen=True)
 class Study:
-    """The arms of a study, base first, with resolved recipes. `predictions` holds the folder of every folder arm."""
+    """The arms of a study, base first, with resolved recipes. `predictions` holds the folder of every folder arm.
+
+    `design` and `factors` say how the arms were combined, for the effects.
+    """
 
     name: str
     why: str
@@ -55,6 +58,8 @@ class Study:
     arms: tuple[Arm, ...]
     predictions: dict[str, Path]
     defaults: RunDefaults
+    design: str = "one-at-a-time"
+    factors: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -99,7 +104,7 @@ def make_study(name_or_path: str, preset: str, extra_predictions: dict[str, Path
     names = [arm.name for arm in arms]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"study {name}: arms named twice: {', '.join(twice)}; every arm needs its own name")
-    return Study(name, parsed.why, arms[0].name, tuple(arms), predictions, parsed.run)
+    return Study(name, parsed.why, arms[0].name, tuple(arms), predictions, parsed.run, parsed.design, parsed.factors)
 
 
 def _combine(base: str, levels: tuple[str, ...], preset: str, folder: Path) -> Arm:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
@@ -18,10 +16,6 @@ if TYPE_CHECKING:
 Kind = Literal["score", "missing row", "extra row", "digest", "missing digest", "extra digest", "text"]
 #: What identifies a score row: arm, fold, seed, case, metric.
 RowKey = tuple[str, str, str, str, str]
-#: How many differences the readable table spells out; JSON has all of them.
-SHOWN = 40
-#: Values are cut to this many characters in the readable table.
-SHOWN_CHARACTERS = 34
 
 
 @dataclass(frozen=True)
@@ -96,33 +90,6 @@ def compare_text(where: str, committed: str, fresh: str) -> list[Difference]:
     return [Difference("text", f"{where}:{first + 1}", old_line, new_line, text)]
 
 
-def render_check(differences: Sequence[Difference], n_compared: int) -> str:
-    """The outcome as plain text; without differences one line. `n_compared` is the number of facts that were looked at: with
-    none, nothing was checked, and that is not a pass."""
-    if not differences and n_compared < 1:
-        return "check FAILED: nothing was compared\n"
-    if not differences:
-        return f"check passed: {n_compared} facts compared, none differs\n"
-    counts = Counter(difference.kind for difference in differences)
-    summary = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    lines = [f"check FAILED: {len(differences)} differences in {n_compared} facts compared ({summary})", ""]
-    table = [("kind", "where", "committed", "fresh", "what")]
-    table += [(d.kind, d.where, _short(d.committed), _short(d.fresh), d.text) for d in differences[:SHOWN]]
-    widths = [max(len(row[column]) for row in table) for column in range(4)]
-    for row in table:
-        lines.append("  ".join([*(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]).rstrip())
-    if len(differences) > SHOWN:
-        rest = Counter(d.where.split("/")[0].split(":")[0] for d in differences[SHOWN:])
-        lines.append(f"... and {len(differences) - SHOWN} more: " + listed(f"{count} in {name}" for name, count in sorted(rest.items())))
-    return "\n".join(lines) + "\n"
-
-
-def check_json(differences: Sequence[Difference], n_compared: int) -> str:
-    """The outcome as JSON: passed, n_compared, differences; values as strings, because JSON has no inf and no nan."""
-    outcome = {"passed": not differences and n_compared > 0, "n_compared": n_compared, "differences": [asdict(d) for d in differences]}
-    return json.dumps(outcome, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _by_key(rows: Iterable[Score], name: str) -> dict[RowKey, float]:
     table: dict[RowKey, float] = {}
     repeated: list[str] = []
@@ -139,10 +106,3 @@ def _by_key(rows: Iterable[Score], name: str) -> dict[RowKey, float]:
 def _tolerance_of(metric: str, tolerances: Mapping[str, float]) -> float | None:
     bare = metric.split("@")[0].split("/")[0]
     return tolerances.get(metric, tolerances.get(bare))
-
-
-def _short(value: str | None) -> str:
-    if value is None:
-        return "-"
-    text = value if value.isprintable() else repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

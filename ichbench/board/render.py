@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ichbench.board.effects import FEWEST_PAIRS, Effect, better_direction, effects_of_table, require_same_cases
-from ichbench.board.summary import (
-    DEFAULT_METRICS,
-    DEFAULT_RESAMPLES,
-    LEVEL,
-    ROUGH_BELOW_CASES,
-    ArmSummary,
-    case_table,
-    listed,
-    summarise_table,
+from ichbench.board.effects import FEWEST_PAIRS, Effect, better_direction, effects_of_table, one_seed, require_same_cases
+from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, Method
+from ichbench.board.signflip import POWER
+from ichbench.board.summary import DEFAULT_METRICS, ROUGH_BELOW_CASES, ArmSummary, Clusters, case_table, listed, summarise_table
+from ichbench.board.words import (
+    ARM_WIDTH,
+    TEXT_WIDTH,
+    direction,
+    effect_lines,
+    exact,
+    finds_text,
+    heading,
+    interval_note,
+    markdown_heading,
+    markdown_row,
+    p_text,
+    plain_table,
+    rendered,
+    safe,
+    score_lines,
+    verdict_text,
 )
 from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
-from ichbench.scoring.protocol import METRICS, split_metric
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,13 +41,11 @@ if TYPE_CHECKING:
     from ichbench.scoring.score import Score
 
 COLUMNS = (
-    "arm", "metric", "mean", "lower", "upper", "median", "sd", "n", "n_empty_prediction", "n_empty_reference", "n_missing", "n_infinite",
-    "difference", "difference_lower", "difference_upper", "n_pairs", "share_improved", "verdict",
+    "arm", "metric", "mean", "lower", "upper", "median", "median_lower", "median_upper", "quartile_1", "quartile_3", "sd", "n", "n_units",
+    "n_empty_prediction", "n_empty_reference", "n_missing", "n_infinite", "n_seeds", "seed_sd",
+    "difference", "difference_lower", "difference_upper", "n_pairs", "share_improved", "standardised", "p", "p_adjusted", "detectable",
+    "verdict",
 )  # fmt: skip
-#: Digits after the point on screen, by bare metric name (mm and ml need fewer than shares); 3 for all others.
-DECIMALS = {"hd": 1, "hd95": 1, "assd": 2, "reference_ml": 1, "predicted_ml": 1}
-TEXT_WIDTH = 120
-ARM_WIDTH = 24
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Board:
     effects: tuple[Effect, ...]
     base: str | None
     resamples: int
+    method: Method = DEFAULT_METHOD
+    clustered: bool = False
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -68,22 +77,26 @@ def build_board(
     seed: int = 0,
     resamples: int = DEFAULT_RESAMPLES,
     arm_order: Sequence[str] | None = None,
+    method: Method = DEFAULT_METHOD,
+    clusters: Clusters = None,
+    margins: Mapping[str, float] | None = None,
 ) -> Board:
     """Rows -> board. `arm_order` is the order from top to bottom; by default the base comes first, the others by name.
 
-    `base=None` gives a board without differences (submissions to a challenge). InputError: arms with different cases, an
+    `base=None` gives a board without differences (submissions to a challenge). `clusters` names the patient or site of every
+    case, `margins` what counts as equivalent. InputError: arms with different cases, an
     `arm_order` that is not exactly the arms of the rows, and whatever `summary.case_table` and `effects.paired_effects` refuse.
     """
     table = case_table(rows, metrics)
     require_same_cases(table)
-    effects = effects_of_table(table, base, seed, resamples) if base is not None else []
+    effects = effects_of_table(table, base, seed, resamples, method, clusters, margins) if base is not None else []
     order = list(arm_order) if arm_order is not None else sorted(table.arms, key=lambda arm: (arm != base, arm))
     if sorted(order) != list(table.arms):
         raise InputError(f"arm_order names {listed(order)}, but the rows have the arms {listed(table.arms)}. Name each arm once")
     place = {arm: index for index, arm in enumerate(order)}
-    summaries = sorted(summarise_table(table, seed, resamples), key=lambda summary: place[summary.arm])
+    summaries = sorted(summarise_table(table, seed, resamples, method, clusters), key=lambda summary: place[summary.arm])
     effects = sorted(effects, key=lambda effect: place[effect.arm])
-    return Board(tuple(summaries), tuple(effects), base, resamples)
+    return Board(tuple(summaries), tuple(effects), base, resamples, method, clusters is not None)
 
 
 def write_board(board: Board, out_dir: Path) -> tuple[Path, Path]:
@@ -102,10 +115,14 @@ def board_csv(summaries: Sequence[ArmSummary], effects: Sequence[Effect]) -> str
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for s in summaries:
-        numbers = (s.mean, s.lower, s.upper, s.median, s.sd, s.n, s.n_empty_prediction, s.n_empty_reference, s.n_missing, s.n_infinite)
+        numbers = (s.mean, s.lower, s.upper, s.median, s.median_lower, s.median_upper, s.quartile_1, s.quartile_3, s.sd, s.n, s.n_units)
+        counts = (s.n_empty_prediction, s.n_empty_reference, s.n_missing, s.n_infinite, 0 if s.seeds == ("-",) else len(s.seeds), s.seed_sd)
         e = effect_of.get((s.arm, s.metric))
-        against = (e.difference, e.lower, e.upper, e.n_pairs, e.share_improved, e.verdict) if e else ("",) * 6
-        writer.writerow([s.arm, s.metric, *map(_exact, numbers), *map(_exact, against)])
+        against = (
+            (e.difference, e.lower, e.upper, e.n_pairs, e.share_improved, e.standardised, e.p, e.p_adjusted, e.detectable) if e else ()
+        )
+        empty = [""] * (len(COLUMNS) - 2 - len(numbers) - len(counts))
+        writer.writerow([s.arm, s.metric, *map(exact, numbers), *map(exact, counts), *([*map(exact, against), e.verdict] if e else empty)])
     return out.getvalue()
 
 
@@ -113,18 +130,18 @@ def board_markdown(board: Board) -> str:
     """A table with one row per arm: mean [lower, upper] per metric, n, empties, and the first metric's difference to the base."""
     primary = board.metrics[0]
     effect_of = {effect.arm: effect for effect in board.effects if effect.metric == primary}
-    header = ["arm", "n", "empty", *(_markdown_heading(metric) for metric in board.metrics)]
+    header = ["arm", "n", "empty", *(markdown_heading(metric) for metric in board.metrics)]
     if board.effects:
-        header += [f"{primary} minus {_safe(str(board.base))}", "verdict"]
-    lines = [_markdown_row(header), _markdown_row(["---", "---:", "---:"] + ["---"] * (len(header) - 3))]
+        header += [f"{primary} minus {safe(str(board.base))}", "verdict"]
+    lines = [markdown_row(header), markdown_row(["---", "---:", "---:"] + ["---"] * (len(header) - 3))]
     for arm, summaries in _by_arm(board.summaries).items():
-        cells = [_safe(arm) + _mark(summaries[0]), str(_n_cases(summaries[0])), _empties(summaries[0])]
-        cells += [" ".join(_score_lines(summary)) for summary in summaries]
+        cells = [safe(arm) + _mark(summaries[0]), str(_n_cases(summaries[0])), _empties(summaries[0])]
+        cells += [" ".join(score_lines(summary)) for summary in summaries]
         if board.effects:
             effect = effect_of.get(arm)
-            cells += [" ".join(_effect_lines(effect)), effect.verdict] if effect else ["", ""]
-        lines.append(_markdown_row(cells))
-    notes = "\n".join(f"- {_safe(note)}" for note in _footnotes(board))
+            cells += [" ".join(effect_lines(effect, primary)), safe(verdict_text(effect))] if effect else ["", ""]
+        lines.append(markdown_row(cells))
+    notes = "\n".join(f"- {safe(note)}" for note in _footnotes(board))
     return "\n".join(lines) + "\n\n" + notes + "\n"
 
 
@@ -132,20 +149,20 @@ def board_text(board: Board, width: int = TEXT_WIDTH) -> str:
     """The board for a terminal of `width` columns, plain ASCII: scores, then differences to the base, then footnotes."""
     from rich.text import Text
 
-    scores = _plain_table()
+    scores = plain_table()
     scores.add_column("arm", overflow="fold", min_width=12, max_width=ARM_WIDTH)
     scores.add_column("n", justify="right", no_wrap=True)
     scores.add_column("empty", overflow="fold", justify="right")
     for metric in board.metrics:
-        scores.add_column(Text(f"{_heading(metric)}\n{_direction(metric)}"), no_wrap=True)
+        scores.add_column(Text(f"{heading(metric)}\n{direction(metric)}"), no_wrap=True)
     for arm, summaries in _by_arm(board.summaries).items():
         cells = [arm + _mark(summaries[0]), str(_n_cases(summaries[0])), _empties(summaries[0])]
-        scores.add_row(*map(Text, [*cells, *("\n".join(_score_lines(summary)) for summary in summaries)]))
+        scores.add_row(*map(Text, [*cells, *("\n".join(score_lines(summary)) for summary in summaries)]))
     tables = [scores]
     if board.effects:
         tables.append(_effects_table(board))
     notes = "".join(textwrap.fill(note, width, subsequent_indent="  ") + "\n" for note in _footnotes(board))
-    return "".join(_rendered(table, width) for table in tables) + notes
+    return "".join(rendered(table, width) for table in tables) + notes
 
 
 def _effects_table(board: Board) -> Table:
@@ -154,30 +171,30 @@ def _effects_table(board: Board) -> Table:
 
     shown = [metric for metric in board.metrics if better_direction(metric) != "none"][:2]
     effect_of = {(effect.arm, effect.metric): effect for effect in board.effects}
-    table = _plain_table()
+    table = plain_table()
     table.add_column(Text(f"difference to\n{board.base}"), overflow="fold", min_width=12, max_width=ARM_WIDTH)
     for metric in shown:
-        table.add_column(Text(_heading(metric)), no_wrap=True)
+        table.add_column(Text(heading(metric)), no_wrap=True)
+        table.add_column(Text("p\nHolm"), justify="right", no_wrap=True)
         table.add_column(Text("cases\nbetter"), justify="right", no_wrap=True)
         table.add_column(Text("verdict"), no_wrap=True)
     for arm in dict.fromkeys(effect.arm for effect in board.effects):
-        cells = [arm]
+        cells = [arm + ("*" if any(effect_of[arm, metric].single_seed for metric in shown) else "")]
         for metric in shown:
             e = effect_of[arm, metric]
             improved = 0 if e.n_pairs == 0 else round(e.share_improved * e.n_pairs)
-            cells += [" ".join(_effect_lines(e)), f"{improved}/{e.n_pairs}", e.verdict]
+            verdict = f"{e.verdict}\n{finds_text(e, metric)}" if e.verdict == "not separable" else e.verdict
+            cells += ["\n".join(effect_lines(e, metric)), p_text(e.p_adjusted), f"{improved}/{e.n_pairs}", verdict]
         table.add_row(*map(Text, cells))
     return table
 
 
 def _footnotes(board: Board) -> list[str]:
-    fewest = min(summary.n for summary in board.summaries)
-    notes = [
-        f"[a, b]: {LEVEL:.0%} bootstrap interval of the mean over cases ({board.resamples} resamples, expanded percentile). "
-        "Seeds and folds are averaged within a case."
-    ]
+    fewest = min(summary.n_units for summary in board.summaries)
+    notes = [interval_note(board.method, board.resamples, board.clustered)]
     if fewest < ROUGH_BELOW_CASES:
-        notes.append(f"n is as low as {fewest}: below {ROUGH_BELOW_CASES} cases intervals are rough.")
+        what = "clusters" if board.clustered else "cases"
+        notes.append(f"n is as low as {fewest}: below {ROUGH_BELOW_CASES} {what} intervals are rough.")
     if any(summary.n_undefined for summary in board.summaries):
         notes.append("n=k beside a mean: it is over k cases only, because the metric is undefined (nan) in the others.")
     if any(summary.n_infinite for summary in board.summaries):
@@ -190,40 +207,24 @@ def _footnotes(board: Board) -> list[str]:
     if any(_mark(summary) for summary in board.summaries):
         notes.append("*: one training seed only; another seed may move the score by more than the interval shows.")
     if board.effects:
-        pairs = min(effect.n_pairs for effect in board.effects)
-        few = f" With fewer than {FEWEST_PAIRS} pairs every verdict is 'not separable'." if pairs < FEWEST_PAIRS else ""
-        notes.append("verdict: better or worse if the interval of the paired difference leaves out 0; not adjusted for several arms." + few)
+        notes += effect_notes(board.effects)
     return notes
 
 
-def _score_lines(summary: ArmSummary) -> list[str]:
-    """mean (with its own n where that is not the arm's), [lower, upper], and the median where the mean is infinite."""
-    show = _format_of(summary.metric)
-    lines = [show(summary.mean), f"[{show(summary.lower)}, {show(summary.upper)}]"]
-    if summary.n_infinite:
-        lines[0] += f" ({summary.n_infinite})"
-        lines.append(f"median {show(summary.median)}")
-    if summary.n_undefined:
-        lines[0] += f" n={summary.n}"
-    return lines
-
-
-def _effect_lines(effect: Effect) -> list[str]:
-    show = _format_of(effect.metric, signed=True)
-    return [show(effect.difference), f"[{show(effect.lower)}, {show(effect.upper)}]"]
-
-
-def _format_of(metric: str, signed: bool = False) -> Callable[[float], str]:
-    decimals = DECIMALS.get(split_metric(metric)[0], 3)
-
-    def show(value: float) -> str:
-        if math.isnan(value):
-            return "nan"
-        text = f"{value:+.{decimals}f}" if signed else f"{value:.{decimals}f}"
-        # a difference that rounds to nothing has no sign worth showing
-        return text[1:] if float(text) == 0 and text[0] in "+-" else text
-
-    return show
+def effect_notes(effects: Sequence[Effect]) -> list[str]:
+    """What a reader of verdicts must know."""
+    notes = [
+        "verdict: better or worse if the permutation p (sign flips of the paired differences, Holm over the arms of a metric) is at most "
+        "0.05 and the interval leaves out 0."
+    ]
+    if any(effect.verdict == "not separable" for effect in effects):
+        notes.append(f"finds d: a study of this size and spread calls a true difference of d separable in {POWER:.0%} of cases.")
+    if margins := {effect.metric: effect.margin for effect in effects if effect.verdict == "equivalent"}:
+        within = ", ".join(f"{metric} {margin:g}" for metric, margin in margins.items())
+        notes.append(f"equivalent: the whole interval of the difference lies within the margin ({within}).")
+    if min(effect.n_units for effect in effects) < FEWEST_PAIRS:
+        notes.append(f"With fewer than {FEWEST_PAIRS} pairs every verdict is 'not separable'.")
+    return notes
 
 
 def _n_cases(summary: ArmSummary) -> int:
@@ -237,21 +238,7 @@ def _empties(summary: ArmSummary) -> str:
 
 
 def _mark(summary: ArmSummary) -> str:
-    return "*" if len(summary.seeds) == 1 and summary.seeds != ("-",) else ""
-
-
-def _heading(metric: str) -> str:
-    unit = METRICS[split_metric(metric)[0]].unit
-    return f"{metric} {unit}" if unit else metric
-
-
-def _direction(metric: str) -> str:
-    better = better_direction(metric)
-    return "" if better == "none" else f"{better} better"
-
-
-def _markdown_heading(metric: str) -> str:
-    return f"{_safe(_heading(metric))} {({'higher': '↑', 'lower': '↓', 'none': ''})[better_direction(metric)]}".rstrip()
+    return "*" if one_seed(summary.seeds) else ""
 
 
 def _by_arm(summaries: Sequence[ArmSummary]) -> dict[str, list[ArmSummary]]:
@@ -259,33 +246,3 @@ def _by_arm(summaries: Sequence[ArmSummary]) -> dict[str, list[ArmSummary]]:
     for summary in summaries:
         groups.setdefault(summary.arm, []).append(summary)
     return groups
-
-
-def _safe(text: str) -> str:
-    """No character of a name may end a Markdown cell or start emphasis."""
-    return "".join(f"\\{character}" if character in "\\|*_`<[]" else character for character in text.replace("\n", " "))
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _exact(value: str | float | int | None) -> str:
-    return "" if value is None else value if isinstance(value, str) else repr(value)
-
-
-def _plain_table() -> Table:
-    from rich.box import Box
-    from rich.table import Table
-
-    # ASCII, so that a log file or a console without UTF-8 shows it too; a line under the header only
-    lines = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-    return Table(box=lines, show_edge=False, padding=(0, 1, 0, 0))
-
-
-def _rendered(table: Table, width: int) -> str:
-    from rich.console import Console
-
-    out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False, force_jupyter=False, legacy_windows=False).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n\n"

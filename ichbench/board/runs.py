@@ -1,0 +1,177 @@
+"""What a run folder says beside its scores: cases, base, factors, numbers of training cases. Old and foreign folders may say less."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ichbench.board.report import Report, build_report
+from ichbench.board.strata import KINDS
+from ichbench.board.summary import DEFAULT_METRICS, Clusters, listed
+from ichbench.errors import InputError
+from ichbench.scoring.score import Score
+from ichbench.scoring.tables import read_scores
+
+#: What `--cluster` may be: group (patients) where cases share one, a column of cases.csv, or nothing.
+CLUSTERS = ("auto", "group", "site", "none")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, or a lone scores.csv (then only `rows` is known).
+
+    cases            case -> column -> text of cases.csv
+    factors          factor -> levels of a complete factorial study
+    training_cases   arm -> number of training cases, for the arms whose recipes differ in nothing else; fewer than two: empty
+    """
+
+    rows: list[Score]
+    cases: dict[str, dict[str, str]]
+    base: str | None
+    arms: tuple[str, ...]
+    factors: dict[str, list[str]]
+    training_cases: dict[str, int]
+
+
+def read_run(path: Path) -> Run:
+    """Read `path`, a folder with scores.csv or such a file. InputError with the file's name for whatever is damaged."""
+    if not path.is_dir():
+        return Run(read_scores(path), {}, None, (), {}, {})
+    if not (path / "scores.csv").is_file():
+        raise InputError(f"{path} holds no scores.csv; give the folder of a finished run-ablation, or a scores.csv")
+    rows = read_scores(path / "scores.csv")
+    about = _json(path / "run.json") | _json(path / "board.json")
+    scored = {row.arm for row in rows}
+    arms = tuple(str(arm) for arm in about.get("arms", ()) if arm in scored)
+    factors = about.get("factors", {}) if about.get("design") == "factorial" else {}
+    base = about.get("base", next(iter(about.get("arms", ())), None))
+    return Run(rows, read_cases(path / "cases.csv"), base, arms, factors, _training_cases(path, scored))
+
+
+def read_cases(path: Path) -> dict[str, dict[str, str]]:
+    """case -> column -> text; nothing where there is no such file. InputError: no column `case`, a case twice, a line of another length."""
+    if not path.is_file():
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, strict=True)
+            if "case" not in (reader.fieldnames or ()):
+                raise InputError(
+                    f"{path}, line 1: there is no column 'case'; the columns are {', '.join(reader.fieldnames or ()) or 'none'}"
+                )
+            for line in reader:
+                if None in line or None in line.values():
+                    raise InputError(f"{path}, line {reader.line_num}: it has another number of cells than the header")
+                if line["case"] in found:
+                    raise InputError(f"{path}, line {reader.line_num}: case {line['case']!r} comes twice; keep one line of each")
+                found[line["case"]] = line
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as a table of cases: {error}") from None
+    return found
+
+
+def clusters_from(cases: Mapping[str, Mapping[str, str]], scored: Sequence[str], by: str = "auto") -> Clusters:
+    """case -> cluster for the scored cases.
+
+    `auto` takes the column `group` where at least two scored cases share one, and a case without a group stands for itself;
+    `group` and `site` insist on that column. InputError: an unknown name, a column that is not there or empty for a case.
+    """
+    if by not in CLUSTERS:
+        raise InputError(f"--cluster {by!r} is not known; give one of {', '.join(CLUSTERS)}")
+    if by == "none":
+        return None
+    groups = {case: (cases.get(case, {}).get("group" if by == "auto" else by) or "").strip() for case in scored}
+    named = [group for group in groups.values() if group]
+    if by == "auto":
+        # a blank before a name that stands for a case cannot be part of a group, which is stripped
+        return {case: group or f" {case}" for case, group in groups.items()} if len(set(named)) < len(named) else None
+    if len(named) < len(groups):
+        lacking = [case for case, group in groups.items() if not group]
+        raise InputError(f"--cluster {by}: cases.csv names no {by} for {listed(lacking)}; name one for every case, or use --cluster none")
+    return groups
+
+
+def report_of_run(
+    run: Run,
+    base: str | None = None,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    cluster: str = "auto",
+    kinds: Sequence[str] = KINDS,
+    **options: Any,
+) -> Report:
+    """The report of a run; `options` as `build_report` takes them. InputError: no base is known, and whatever a part refuses."""
+    chosen = base or run.base or "base"
+    arms = {row.arm for row in run.rows}
+    if chosen not in arms:
+        raise InputError(f"there is no arm {chosen!r} to compare with; the rows have {listed(sorted(arms))}. Name the base with --base")
+    scored = sorted({row.case for row in run.rows})
+    # arms that failed leave a design incomplete: its contrasts would mix, so that part is left out
+    complete = run.factors if chosen == run.base and _has_design(run, arms) else {}
+    described = run.cases if all(case in run.cases for case in scored) else {}
+    return build_report(
+        run.rows,
+        chosen,
+        metrics,
+        run.arms,
+        described if kinds else None,
+        complete,
+        run.training_cases,
+        clusters_from(run.cases, scored, cluster),
+        kinds=kinds,
+        **options,
+    )
+
+
+def _has_design(run: Run, arms: set[str]) -> bool:
+    from ichbench.board.factorial import design_arms
+
+    return len(run.factors) > 1 and set(design_arms(run.base or "base", run.factors).values()) <= arms
+
+
+def _training_cases(path: Path, scored: set[str]) -> dict[str, int]:
+    """From recipes/*.json: arms that differ from each other in training.cases alone. `all` is what the models were trained on."""
+    counts: dict[str, int] = {}
+    groups: dict[str, list[str]] = {}
+    for file in sorted((path / "recipes").glob("*.json")):
+        recipe = _json(file).get("recipe", {})
+        if file.stem not in scored or recipe.get("inference", {}).get("predictor") != "unet":
+            continue
+        cases = recipe.get("training", {}).pop("cases", "all")
+        whole = _all_cases(path, file.stem)
+        if cases != "all" or whole is not None:
+            counts[file.stem] = min(int(cases), whole or int(cases)) if cases != "all" else int(whole or 0)
+            groups.setdefault(json.dumps(recipe, sort_keys=True), []).append(file.stem)
+    for names in groups.values():
+        if len({counts[name] for name in names}) > 1:
+            return {name: counts[name] for name in names}
+    return {}
+
+
+def _all_cases(path: Path, arm: str) -> int | None:
+    """How many training cases a fold of the run has."""
+    splits = path / "splits_final.json"
+    if splits.is_file():
+        try:
+            return len(json.loads(splits.read_text(encoding="utf-8"))[0]["train"])
+        except (OSError, ValueError, LookupError, TypeError):
+            raise InputError(f"{splits} is damaged; run the study again") from None
+    for file in sorted((path / "models").glob(f"{arm}-*/model.json")):
+        return int(_json(file).get("n_training", 0)) or None
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); run the study again, or give its scores.csv alone") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{path} holds no table; run the study again, or give its scores.csv alone")
+    return table
