@@ -21,7 +21,7 @@ from ichbench.network.losses import LOSSES, Loss, supervised
 from ichbench.network.unet import Topology, UNet, make_unet
 from ichbench.network.weights import save_weights
 from ichbench.recipe import NetworkRecipe, TrainingRecipe
-from ichbench.training.batches import Sampling, ahead, make_batch
+from ichbench.training.batches import Sampling, ahead, make_batch, training_sampling
 from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, TrainingWarning, choose_cases
 from ichbench.training.schedule import Best, moving_average, poly_learning_rate, should_stop
 
@@ -100,10 +100,7 @@ class _Run:
         self.cases = choose_cases(cases, training.cases, seed)
         self.validation_cases = validation_cases if training.validation_iterations else []
         self.plan, self.recipe, self.out, self.device, self.seed = plan, training, out, device, seed
-        centred = training.foreground_position == "centre"
-        clamped = training.compatibility == "ichbench"
-        share = training.foreground_share
-        self.sampling = Sampling(tuple(plan.patch_size), plan.batch_size, share, seed, training.augment, centred, clamped)
+        self.sampling: Sampling = training_sampling(plan.patch_size, plan.batch_size, training, seed)
         self.validation_sampling = replace(self.sampling, augment=None)
         self.network: UNet = make_unet(plan, network, seed).to(device)
         self.optimizer = OPTIMIZERS[training.optimizer](self.network.parameters(), training)
