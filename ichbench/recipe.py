@@ -125,26 +125,56 @@ class NetworkRecipe(Strict):
 
 
 class AugmentRecipe(Strict):
-    """Probabilities and ranges of the training transforms (per sample). Zero probability switches one off."""
+    """Probabilities and ranges of the training transforms; the defaults are nnU-Net's. Probability 0 switches one off.
 
-    mirror: bool = True
+    A transform is drawn per sample; where `..._channel_probability` exists, then per channel. Numbers are drawn uniformly
+    from their range, those of brightness, contrast and gamma below or above 1 with equal chance.
+    """
+
+    #: flip with probability 1/2: every axis, none, or those named (0 is the plan's first axis)
+    mirror: bool | tuple[Annotated[int, Field(ge=0, le=2)], ...] = True
+    #: rotation and scaling leave the slice axis alone; auto: in a 3D patch more than 3 times as long as deep (nnU-Net's dummy 2D)
+    in_plane: Literal["auto"] | bool = "auto"
     rotation_probability: Probability = 0.2
     #: auto: nnU-Net's rule (in plane any angle for thick slices, else 30 degrees about each axis)
     rotation_degrees: Literal["auto"] | Annotated[float, Field(ge=0, le=180)] = "auto"
     scaling_probability: Probability = 0.2
+    #: size of the region shown, per voxel of the patch
     scaling: tuple[Positive, Positive] = (0.7, 1.4)
     noise_probability: Probability = 0.1
     noise_sd: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] = (0.0, 0.1)
+    blur_probability: Probability = 0.2
+    blur_channel_probability: Probability = 0.5
+    #: of the Gaussian, in voxels, for every axis anew
+    blur_sigma: tuple[Positive, Positive] = (0.5, 1.0)
+    brightness_probability: Probability = 0.15
+    brightness: tuple[Positive, Positive] = (0.75, 1.25)
+    contrast_probability: Probability = 0.15
+    contrast: tuple[Positive, Positive] = (0.75, 1.25)
+    low_resolution_probability: Probability = 0.25
+    low_resolution_channel_probability: Probability = 0.5
+    #: share of the voxels kept along an axis
+    low_resolution: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.5, 1.0)
     gamma_probability: Probability = 0.3
     gamma_inverted_probability: Probability = 0.1
     gamma: tuple[Positive, Positive] = (0.7, 1.5)
+    #: the cascade's second stage: labels of the first stage dilated, eroded, opened or closed
+    morphology_probability: Probability = 0.4
+    morphology_label_probability: Probability = 0.5
+    morphology_radius: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1, le=32)]] = (1.0, 8.0)
+    #: the cascade's second stage: one component of a label removed, if it fills less than this share of the patch
+    remove_component_probability: Probability = 0.2
+    remove_component_label_probability: Probability = 0.5
+    remove_component_share: Probability = 0.15
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentRecipe:
-        for name in ("scaling", "noise_sd", "gamma"):
+        for name in ("scaling", "noise_sd", "blur_sigma", "brightness", "contrast", "low_resolution", "gamma", "morphology_radius"):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} runs from {low} to {high}; write the smaller number first")
+        if not isinstance(self.mirror, bool) and len(set(self.mirror)) < len(self.mirror):
+            raise ValueError(f"mirror names an axis twice: {list(self.mirror)}")
         return self
 
 
@@ -178,6 +208,8 @@ class TrainingRecipe(Strict):
     #: auto: nnU-Net's rule (pooled over the batch in 2D and below a cascade)
     batch_dice: Literal["auto"] | bool = "auto"
     foreground_share: Probability = 0.33
+    #: last: the last round(share) samples of a batch show foreground; random: each sample with that probability
+    foreground_samples: Literal["last", "random"] = "last"
     #: where a forced foreground voxel lies in its patch; nnU-Net puts it in the centre, and a short training then learns to find
     #: foreground in the middle of every tile
     foreground_position: Literal["centre", "anywhere"] = "centre"
@@ -256,9 +288,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _mirror_axes(self) -> Recipe:
-        axes, dims = self.inference.mirror, self.plan.dims
-        if not isinstance(axes, bool) and any(axis >= dims for axis in axes):
-            raise ValueError(f"inference.mirror names the axes {list(axes)}, but plan.dims = {dims} has the axes {list(range(dims))}")
+        dims = self.plan.dims
+        for name, axes in (("inference.mirror", self.inference.mirror), ("training.augment.mirror", self.training.augment.mirror)):
+            if not isinstance(axes, bool) and any(axis >= dims for axis in axes):
+                raise ValueError(f"{name} names the axes {list(axes)}, but plan.dims = {dims} has the axes {list(range(dims))}")
         return self
 
     @field_validator("plan", mode="after")

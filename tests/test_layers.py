@@ -93,7 +93,13 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "nnunet_export",
     ),
     "training": (
+        "boxes",
         "patches",
+        "draw",
+        "straight",
+        "spatial",
+        "intensity",
+        "cascade_augment",
         "augment",
         "batches",
         "schedule",

@@ -8,15 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ichbench.errors import InputError
+from ichbench.training.boxes import bounding_box, common_box, cut_into
 from ichbench.training.patches import (
-    PatchDraw,
     TrainingCase,
     TrainingWarning,
     choose_cases,
     corner_range,
-    cut_patch,
     draw_patch,
-    enlarged,
     is_forced,
     sample_generator,
 )
@@ -66,7 +64,8 @@ def test_a_forced_patch_is_centred_on_foreground_and_inside(step: int, voxel: tu
     for low, size, place, length in zip(draw.lower_zyx, draw.size_zyx, voxel, one.labels_zyx.shape, strict=True):
         assert low == min(max(0, place - size // 2), length - size)
         assert low <= place < low + size
-    _, labels = cut_patch(one, draw)
+    labels = np.empty(draw.size_zyx, np.int16)
+    cut_into(labels, one.labels_zyx, draw.lower_zyx, -1)
     assert (labels == 1).any()
 
 
@@ -110,28 +109,36 @@ def test_2d_patches_are_one_slice_thick() -> None:
 )
 def test_cut_equals_a_padded_cut(lower: tuple[int, int, int], size: tuple[int, int, int]) -> None:
     one = case((4, 9, 7), foreground=((1, 1, 2, 3),))
-    image, labels = cut_patch(one, PatchDraw(0, lower, size, None))
+    image, labels = np.empty((1, *size), np.float32), np.empty(size, np.int64)
+    cut_into(image, one.image_czyx, lower, 0)
+    # a flipped view of another type is filled as well
+    cut_into(labels[:, ::-1], one.labels_zyx, lower, -1)
     pad = 60
     box = tuple(slice(low + pad, low + pad + n) for low, n in zip(lower, size, strict=True))
     np.testing.assert_array_equal(image[0], np.pad(one.image_czyx[0], pad)[box])
-    np.testing.assert_array_equal(labels, np.pad(one.labels_zyx, pad, constant_values=-1)[box])
-    assert image.dtype == np.float32
-    assert labels.dtype == np.int16
+    np.testing.assert_array_equal(labels[:, ::-1], np.pad(one.labels_zyx, pad, constant_values=-1)[box])
 
 
-def test_a_cut_is_a_copy() -> None:
-    one = case()
-    image, labels = cut_patch(one, PatchDraw(0, (0, 0, 0), (2, 4, 4), None))
-    image[:], labels[:] = -5, 7
-    assert one.image_czyx.min() == 1
-    assert one.labels_zyx.max() == 0
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 8), st.integers(0, 6)), max_size=4))
+def test_bounding_boxes(voxels: list[tuple[int, int, int]]) -> None:
+    mask = np.zeros((4, 9, 7), bool)
+    for voxel in voxels:
+        mask[voxel] = True
+    found = bounding_box(mask)
+    assert (found is None) == (not voxels)
+    if found is not None:
+        low, high = np.min(voxels, axis=0), np.max(voxels, axis=0)
+        assert found == (tuple(low), tuple(high - low + 1))
+        assert common_box(found, ((0, 0, 0), (4, 9, 7))) == found
+        assert common_box(found, ((4, 0, 0), (2, 9, 9))) is None
 
 
-def test_enlarging_keeps_the_centre() -> None:
-    draw = enlarged(PatchDraw(0, (1, 5, 5), (2, 8, 8), 1), (2, 14, 12))
-    assert (draw.lower_zyx, draw.size_zyx, draw.label) == ((1, 2, 3), (2, 14, 12), 1)
-    with pytest.raises(ValueError, match="cannot enlarge"):
-        enlarged(draw, (3, 14, 12))
+def test_boxes_of_a_case_are_those_of_its_labels() -> None:
+    assert case((6, 20, 24)).labels_box is None
+    one = case((6, 20, 24), foreground=((1, 2, 3, 4), (2, 4, 3, 9)))
+    one.labels_zyx[0, 0, 0] = -1
+    assert one.labels_box == ((2, 3, 4), (3, 1, 6))
+    assert one.previous_box is None
 
 
 def test_no_cases() -> None:
@@ -201,3 +208,19 @@ def test_regions_are_classes_and_an_ignore_label_keeps_patches_on_annotated_voxe
             if draw.label is not None:
                 y, x = foreground[draw.label][0][1:]
                 assert draw.lower_zyx == (0, max(0, y - 2), max(0, x - 2))
+
+
+def test_nnunets_enlarged_boxes_lie_where_it_puts_them() -> None:
+    """Its range of corners (facts, section 5): by half of what the box exceeds the patch, or of what the image lacks, outside."""
+    for length, box, patch in ((30, 20, 12), (15, 20, 12), (9, 21, 12), (30, 20, 20), (7, 20, 20)):
+        need = max(box - patch, box - length)
+        expected = (-need // 2, length + need // 2 + need % 2 - box)
+        one = case((length, 9, 9))
+        draws = [draw_patch(sample_generator(0, 0, s, 0), [one], (patch, 9, 9), False, box_zyx=(box, 9, 9)) for s in range(400)]
+        corners = {draw.lower_zyx[0] for draw in draws}
+        assert (min(corners), max(corners)) == expected
+        assert len(corners) == expected[1] - expected[0] + 1
+        assert {(draw.size_zyx, draw.enlarged) for draw in draws} == {((box, 9, 9), True)}
+    forced = case((30, 9, 9), ((1, 28, 4, 4),))
+    draw = draw_patch(sample_generator(0, 0, 0, 0), [forced], (12, 9, 9), True, clamped=False, box_zyx=(20, 9, 9))
+    assert draw.lower_zyx[0] == 18

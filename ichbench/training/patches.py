@@ -10,17 +10,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ichbench.errors import InputError
 from ichbench.prepare.locations import Location
+from ichbench.training.boxes import Box, bounding_box
 
 #: streams of random numbers; a batch for validation never repeats one for training
 TRAIN_STREAM, VALIDATION_STREAM, CHOICE_STREAM = 0, 1, 2
-
-OUTSIDE_IMAGE, OUTSIDE_LABEL = 0.0, -1
 
 
 class TrainingWarning(UserWarning):
@@ -31,7 +31,7 @@ class TrainingWarning(UserWarning):
 class TrainingCase:
     """A prepared case: normalised `image_czyx` float32, `labels_zyx` int16 (-1 lies outside the head's box) and
     `foreground`, voxel coordinates (n, 3) in (z, y, x) for every class above 0 or region, and with an ignore label for the
-    annotated voxels (a region that holds -1). `previous_zyx`, uint8, are the labels that the first stage of a cascade gave.
+    annotated voxels (a region that holds -1). `previous_zyx` holds the labels that a cascade's earlier stage gave, uint8.
     Arrays may be memory maps.
     """
 
@@ -41,17 +41,28 @@ class TrainingCase:
     foreground: Mapping[Location, NDArray[np.integer]]
     previous_zyx: NDArray[np.uint8] | None = None
 
+    @cached_property
+    def labels_box(self) -> Box | None:
+        """The box of all labels above 0; elsewhere a patch needs none of the labels. Read once."""
+        return bounding_box(self.labels_zyx > 0)
+
+    @cached_property
+    def previous_box(self) -> Box | None:
+        return None if self.previous_zyx is None else bounding_box(self.previous_zyx > 0)
+
 
 @dataclass(frozen=True)
 class PatchDraw:
     """One patch: the case by its place in the sequence, the corner and size along (z, y, x); `label` is the class it
-    was centred on, or None for a patch that may lie anywhere. The corner may be negative.
+    was centred on, or None for a patch that may lie anywhere. The corner may be negative. With `enlarged` the box is
+    nnU-Net's larger one: the patch lies in its middle, and nothing beyond it is read.
     """
 
     case: int
     lower_zyx: tuple[int, int, int]
     size_zyx: tuple[int, int, int]
     label: Location | None
+    enlarged: bool = False
 
 
 def sample_generator(seed: int, stream: int, step: int, sample: int) -> np.random.Generator:
@@ -77,31 +88,34 @@ def draw_patch(
     forced: bool,
     centred: bool = True,
     clamped: bool = True,
+    box_zyx: Sequence[int] | None = None,
 ) -> PatchDraw:
     """Draw case and corner for one sample. A case without foreground gives a patch anywhere, also when `forced`.
 
     centred  the forced voxel lies in the middle of the patch (nnU-Net's rule), or else anywhere in it
     clamped  a patch about a voxel near the far border is moved back inside; nnU-Net lets it hang out
+    box_zyx  the larger box, in (z, y, x), of which nnU-Net makes the patch by turning and scaling; it is this that is placed
 
     With an ignore label every patch is placed about an annotated voxel, where no class is asked for or present.
     """
     if not cases:
         raise InputError("there is no case to draw patches from; give at least one training case")
     index = int(rng.integers(len(cases)))
-    case, size = cases[index], patch_zyx(patch_size)
+    case, patch = cases[index], patch_zyx(patch_size)
+    size = patch if box_zyx is None else (int(box_zyx[0]), int(box_zyx[1]), int(box_zyx[2]))
     present = _present(case.foreground, forced)
     label = present[int(rng.integers(len(present)))] if present else None
     voxel = None if label is None else case.foreground[label][int(rng.integers(len(case.foreground[label])))]
     lower = []
     for axis in range(3):
-        low, high = corner_range(case.labels_zyx.shape[axis], size[axis])
+        low, high = corner_range(case.labels_zyx.shape[axis], size[axis], size[axis] - patch[axis])
         if voxel is None:
             lower.append(int(rng.integers(low, high + 1)))
         else:
             before = size[axis] // 2 if centred else int(rng.integers(size[axis]))
             corner = max(low, int(voxel[axis]) - before)
             lower.append(min(corner, high) if clamped else corner)
-    return PatchDraw(index, (lower[0], lower[1], lower[2]), size, label)
+    return PatchDraw(index, (lower[0], lower[1], lower[2]), size, label, enlarged=box_zyx is not None)
 
 
 def _present(foreground: Mapping[Location, NDArray[np.integer]], forced: bool) -> list[Location]:
@@ -114,37 +128,13 @@ def _present(foreground: Mapping[Location, NDArray[np.integer]], forced: bool) -
     return (classes if forced else []) or annotated
 
 
-def corner_range(length: int, patch: int) -> tuple[int, int]:
-    """Lowest and highest corner along one axis, both allowed: inside the image, or the image centred in the patch."""
-    missing = max(0, patch - length)
-    return -((missing + 1) // 2), max(0, length - patch) - missing // 2
+def corner_range(length: int, patch: int, margin: int = 0) -> tuple[int, int]:
+    """Lowest and highest corner along one axis, both allowed: inside the image, or the image centred in the patch.
 
-
-def enlarged(draw: PatchDraw, size_zyx: Sequence[int]) -> PatchDraw:
-    """The same patch with room around it; each axis may only grow by an even number of voxels, so the centre stays."""
-    grown = [(big - small) for big, small in zip(size_zyx, draw.size_zyx, strict=True)]
-    if any(g % 2 or g < 0 for g in grown):
-        raise ValueError(f"cannot enlarge a patch of {draw.size_zyx} to {tuple(size_zyx)} about its centre")
-    z, y, x = (low - g // 2 for low, g in zip(draw.lower_zyx, grown, strict=True))
-    return PatchDraw(draw.case, (z, y, x), (int(size_zyx[0]), int(size_zyx[1]), int(size_zyx[2])), draw.label)
-
-
-def cut_patch(case: TrainingCase, draw: PatchDraw) -> tuple[NDArray[np.float32], NDArray[np.int16]]:
-    """(image (c, z, y, x), labels (z, y, x)) of a draw, as copies; outside the image 0 and -1."""
-    shape = case.labels_zyx.shape
-    source, target = [], []
-    for low, size, length in zip(draw.lower_zyx, draw.size_zyx, shape, strict=True):
-        start, stop = min(max(low, 0), length), min(max(low + size, 0), length)
-        source.append(slice(start, stop))
-        target.append(slice(start - low, stop - low))
-    box = tuple(source)
-    if all(s.stop - s.start == size for s, size in zip(source, draw.size_zyx, strict=True)):
-        return np.array(case.image_czyx[(slice(None), *box)]), np.array(case.labels_zyx[box])
-    image = np.full((case.image_czyx.shape[0], *draw.size_zyx), OUTSIDE_IMAGE, dtype=np.float32)
-    labels = np.full(draw.size_zyx, OUTSIDE_LABEL, dtype=np.int16)
-    image[(slice(None), *target)] = case.image_czyx[(slice(None), *box)]
-    labels[tuple(target)] = case.labels_zyx[box]
-    return image, labels
+    margin    voxels by which the patch is larger than what will be made of it: so many may lie outside, half on each side
+    """
+    missing = max(margin, patch - length)
+    return -((missing + 1) // 2), length - patch + missing - missing // 2
 
 
 def choose_cases(cases: Sequence[TrainingCase], number: int | str, seed: int) -> list[TrainingCase]:

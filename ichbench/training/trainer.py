@@ -26,7 +26,7 @@ from ichbench.network.unet import Topology, UNet, make_unet
 from ichbench.network.weights import save_tensors, start_from, weights_digest
 from ichbench.recipe import NetworkRecipe, TrainingRecipe
 from ichbench.training import checkpoint as disk
-from ichbench.training.batches import Sampling, ahead, make_batch
+from ichbench.training.batches import Sampling, ahead, make_batch, training_sampling
 from ichbench.training.folder import (
     EPOCHS,
     LOG,
@@ -155,10 +155,7 @@ class _Run:
         self.cases = choose_cases(cases, training.cases, seed)
         self.validation_cases = validation_cases if training.validation_iterations else []
         self.plan, self.recipe, self.device = plan, training, device
-        centred = training.foreground_position == "centre"
-        clamped = training.compatibility == "ichbench"
-        share = training.foreground_share
-        self.sampling = Sampling(tuple(plan.patch_size), plan.batch_size, share, seed, training.augment, centred, clamped)
+        self.sampling: Sampling = training_sampling(plan.patch_size, plan.batch_size, training, seed)
         self.validation_sampling = replace(self.sampling, augment=None)
         self.network: UNet = make_unet(plan, network, seed).to(device)
         self.optimizer = OPTIMIZERS[training.optimizer](self.network.parameters(), training)

@@ -1,0 +1,205 @@
+"""Changes of a patch's values, in place: noise, blur, brightness, contrast, low resolution, gamma (facts section 6, rows 3-9).
+
+Every function takes tensors on any device and asks nothing back from it. On a CPU the work goes slice by slice, so that it
+stays in the cache, and sums do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ichbench.training.draw import AugmentDraw
+from ichbench.training.straight import LinearStep, interpolate
+
+#: below this a range or a spread counts as this, as in nnU-Net
+TINY = 1e-7
+#: a mean square this many times the variance is too far from 0 to subtract the mean's square from it in float32
+FAR = 1e3
+#: voxels worked on at once on a CPU
+IN_CACHE = 2**16
+
+
+def change_intensity(image_czyx: Tensor, draw: AugmentDraw) -> None:
+    """Apply what was drawn, in nnU-Net's order, to a contiguous float32 tensor.
+
+    Mirroring, the last of nnU-Net's steps, is here already done: all of these commute with it but the choice of voxels
+    that low resolution keeps, which looks at the draw for that.
+    """
+    if draw.noise_sd is not None:
+        add_noise(image_czyx, draw.noise_sd, draw.noise_seed)
+    for channel, sigmas in zip(image_czyx, draw.blur_sigma_zyx, strict=False):
+        if sigmas is not None:
+            blur(channel, sigmas)
+    for channel, factor in zip(image_czyx, draw.brightness, strict=False):
+        channel.mul_(factor)
+    for channel, factor in zip(image_czyx, draw.contrast, strict=False):
+        change_contrast(channel, factor)
+    for channel, share in zip(image_czyx, draw.low_resolution, strict=False):
+        if share is not None:
+            lower_resolution(channel, share, draw.in_plane, draw.mirror_zyx)
+    for channel, exponent in zip(image_czyx, draw.gamma_inverted, strict=False):
+        change_gamma(channel, exponent, inverted=True)
+    for channel, exponent in zip(image_czyx, draw.gamma, strict=False):
+        change_gamma(channel, exponent, inverted=False)
+
+
+def add_noise(image: Tensor, sd: float, seed: int) -> None:
+    """Independent normal noise in every voxel; the same seed gives the same field on the same kind of device."""
+    generator = torch.Generator(image.device)
+    generator.manual_seed(seed)
+    for block in _blocks(image):
+        block.add_(torch.empty_like(block).normal_(generator=generator), alpha=sd)
+
+
+def gaussian_kernel(sigma: float) -> NDArray[np.float64]:
+    """Normalised Gaussian of the odd width nearest to 6 sigma + 1/2 (nnU-Net's rule); sigma 0: the value itself."""
+    width = _nearest_odd(6 * sigma + 0.5) if sigma > 0 else 1
+    steps = np.arange(width) - (width - 1) / 2
+    weights = np.exp(-0.5 * (steps / max(sigma, TINY)) ** 2)
+    return np.asarray(weights / weights.sum())
+
+
+def blur(volume_zyx: Tensor, sigma_zyx: Sequence[float]) -> None:
+    """Gaussian blur along each axis, reflecting at the borders (without repeating the outermost voxel)."""
+    kernels = [gaussian_kernel(sigma) for sigma in sigma_zyx]
+    if len(kernels[0]) > 1 and len(volume_zyx) > 1:
+        # narrow strips of all slices, for the cache
+        depth, height, width = volume_zyx.shape
+        rows = max(1, 2 * IN_CACHE // (depth * width)) if _on_cpu(volume_zyx) else height
+        for first in range(0, height, rows):
+            strip = volume_zyx[:, first : first + rows]
+            strip.copy_(_blurred(strip, kernels[0], 0))
+    for part in _slices(volume_zyx):
+        part.copy_(_blurred(_blurred(part, kernels[1], 1), kernels[2], 2))
+
+
+def change_contrast(volume: Tensor, factor: float) -> None:
+    """(v - mean) factor + mean, kept within the old ends."""
+    low, high = torch.aminmax(volume)
+    mean = _known(_moments(volume)[0])
+    for block in _blocks(volume):
+        _within(_scale(block, factor, mean * (1 - factor)), low, high)
+
+
+def lower_resolution(volume_zyx: Tensor, share: float, in_plane: bool, mirror_zyx: Sequence[bool]) -> None:
+    """Keep round(length x share) voxels of each axis, those nearest to evenly spread places, and interpolate linearly.
+
+    in_plane    every slice is kept; mirror_zyx: the patch was flipped there, and ties between two voxels fall to the other one
+    """
+    steps = []
+    for axis, length in enumerate(volume_zyx.shape):
+        number = length if in_plane and axis == 0 else max(1, round(length * share))
+        kept = _kept(length, number, mirror_zyx[axis])
+        # where a voxel lies among the kept ones, half a voxel being the outer border of both
+        place = np.maximum((np.arange(length) + 0.5) * number / length - 0.5, 0)
+        below = np.floor(place).astype(np.int64)
+        steps.append(LinearStep(kept[below], kept[np.minimum(below + 1, number - 1)], place - below))
+    interpolate(volume_zyx[None], steps, volume_zyx[None])
+
+
+def change_gamma(volume: Tensor, exponent: float, inverted: bool) -> None:
+    """((v - min)/range)^exponent between the old ends, then the old mean and standard deviation again; `inverted`: of -v."""
+    low, high = torch.aminmax(volume)
+    mean, old = _moments(volume)
+    width = (high - low).double()
+    # powers are taken as 2^(exponent log2 v), six times faster than pow; 0 becomes 2^-inf = 0
+    start = _known(high if inverted else -low)
+    octaves = _known(width.clamp(min=TINY).log2() * -exponent)
+    for block in _blocks(volume):
+        _scale(_scale(block, -1 if inverted else 1, start).log2_(), exponent, octaves).exp2_()
+    now, spread = _moments(volume)
+    # the power's standard deviation is in units of the range
+    factor = width * old / (width * spread).clamp(min=TINY) * (-1 if inverted else 1)
+    scale, move = _known(factor), _known(mean - factor * now)
+    for block in _blocks(volume):
+        _scale(block, scale, move)
+
+
+def _within(block: Tensor, low: Tensor, high: Tensor) -> None:
+    if _on_cpu(block):
+        block.clamp_(float(low), float(high))
+    else:
+        block.clamp_(low, high)
+
+
+def _scale(block: Tensor, factor: float | Tensor, move: float | Tensor) -> Tensor:
+    """block * factor + move, in place; in one pass where the numbers are known."""
+    if isinstance(factor, Tensor) or isinstance(move, Tensor):
+        return block.mul_(factor).add_(move)
+    return torch.add(torch.tensor(move, dtype=block.dtype), block, alpha=factor, out=block)
+
+
+def _blurred(volume: Tensor, kernel: NDArray[np.float64], axis: int) -> Tensor:
+    half, length = len(kernel) // 2, volume.shape[axis]
+    out = volume * float(kernel[half])
+    for j in range(1, half + 1):
+        weight = float(kernel[half + j])
+        inner = max(0, length - j)
+        if inner:
+            out.narrow(axis, 0, inner).add_(volume.narrow(axis, j, inner), alpha=weight)
+            out.narrow(axis, j, inner).add_(volume.narrow(axis, 0, inner), alpha=weight)
+        for i in range(min(j, length)):
+            out.select(axis, i).add_(volume.select(axis, _reflected(i - j, length)), alpha=weight)
+            last = length - 1 - i
+            out.select(axis, last).add_(volume.select(axis, _reflected(last + j, length)), alpha=weight)
+    return out
+
+
+def _reflected(index: int, length: int) -> int:
+    """The voxel that stands at `index` of a row reflected about its outermost voxels for ever."""
+    if length == 1:
+        return 0
+    index %= 2 * (length - 1)
+    return min(index, 2 * (length - 1) - index)
+
+
+def _nearest_odd(value: float) -> int:
+    below = 2 * math.floor((value - 1) / 2) + 1
+    # the middle between two odd numbers goes up
+    return below + 2 if value - below >= 1 else below
+
+
+def _kept(length: int, number: int, backwards: bool) -> NDArray[np.int64]:
+    """Which of `length` voxels are kept: those under the middles of `number` equal parts (torch's nearest-exact, in float32)."""
+    middles = (np.arange(number, dtype=np.float32) + np.float32(0.5)) * np.float32(length / number)
+    index = np.minimum(np.floor(middles).astype(np.int64), length - 1)
+    return np.ascontiguousarray((length - 1 - index)[::-1]) if backwards else index
+
+
+def _blocks(volume: Tensor) -> Sequence[Tensor]:
+    """Views of whole rows that make up a contiguous tensor."""
+    rows = volume.flatten(0, -2)
+    return torch.split(rows, max(1, IN_CACHE // rows.shape[1])) if _on_cpu(volume) else [rows]
+
+
+def _slices(volume_zyx: Tensor) -> Sequence[Tensor]:
+    return torch.split(volume_zyx, 1) if _on_cpu(volume_zyx) else [volume_zyx]
+
+
+def _moments(volume: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (n - 1 below the sum), float64. Rows are summed first: the order is then the same for
+    any number of threads."""
+    blocks, count = _blocks(volume), volume.numel()
+    mean = torch.cat([block.sum(1) for block in blocks]).double().sum() / count
+    squares = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks]).double().square().sum()
+    variance = (squares / count - mean**2).clamp(min=0)
+    if _on_cpu(volume) and bool(squares > FAR * count * variance):
+        # far from 0 the difference of two large numbers says little
+        middle = float(mean)
+        variance = torch.cat([torch.linalg.vector_norm(block - middle, dim=1) for block in blocks]).double().square().sum() / count
+    return mean, (variance * (count / max(1, count - 1))).sqrt()
+
+
+def _known(value: Tensor) -> float | Tensor:
+    """A number where asking for it costs nothing, and the tensor where it would stop the device."""
+    return float(value) if _on_cpu(value) else value
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
