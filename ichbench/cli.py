@@ -15,6 +15,7 @@ import typer
 from ichbench.commands.models import ensemble, nnunet, postprocessing, predict, select
 from ichbench.commands.named import named_folders
 from ichbench.commands.plans import fingerprint, plan
+from ichbench.commands.training import doctor, train
 from ichbench.errors import CaseError, InputError
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
 )
 app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
 app.add_typer(nnunet, name="nnunet", help="Trained models from nnU-Net v2 and to it.")
-for command in (fingerprint, plan, predict, select, ensemble):
+for command in (fingerprint, plan, train, predict, select, ensemble, doctor):
     app.command()(command)
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -91,11 +91,11 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "nnunet_import",
         "nnunet_export",
     ),
-    "training": ("patches", "augment", "batches", "schedule", "checkpoint", "folder", "keeper", "logs", "optimizers", "trainer"),
+    "training": ("patches", "augment", "batches", "schedule", "checkpoint", "folder", "keeper", "logs", "optimizers", "trainer", "machine"),
     "board": ("summary", "effects", "render", "check"),
-    "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "recheck"),
+    "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "single", "recheck"),
     "progress": (),
-    "commands": ("named", "models", "plans"),
+    "commands": ("named", "models", "plans", "training"),
     "cli": (),
 }
 PLACE = {

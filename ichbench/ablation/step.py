@@ -194,7 +194,8 @@ def _prepare(task: Task) -> dict[str, Any]:
     return {"plan": plan.explain()}
 
 
-def _train(task: Task) -> dict[str, Any]:
+def train_stage(task: Task, **options: Any) -> dict[str, Any]:
+    """The stage `train`; `options` are those of `trainer.train`."""
     from ichbench.prepare.plan import Plan
     from ichbench.prepare.store import prepared_digest, read_prepared
     from ichbench.recipe import NetworkRecipe, TrainingRecipe
@@ -222,9 +223,8 @@ def _train(task: Task) -> dict[str, Any]:
         task.out,
         task.device,
         task.threads,
-        saving=Saving(task.kept, keep=False),
         digests={name: prepared_digest(store, name) for name in names},
-        say=lambda text: print(text, flush=True),  # noqa: T201
+        **options or {"saving": Saving(task.kept, keep=False), "say": lambda text: print(text, flush=True)},  # noqa: T201
     )
     about = {name: getattr(result, name) for name in ("epochs", "best_epoch", "moving_average", "pseudo_dice", "stopped_early")}
     return {"training": about | {"final_sha256": result.final_sha256, "best_sha256": result.best_sha256}}
@@ -321,7 +321,7 @@ def _score(task: Task) -> dict[str, Any]:
 
 STAGES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "prepare": _prepare,
-    "train": _train,
+    "train": train_stage,
     "predict": _predict,
     "postprocess": _postprocess,
     "score": _score,
