@@ -100,6 +100,8 @@ def rounds(every: int, random_rounds: int, seed: int, say: Callable[[str], None]
     """(operations of an unbroken run, rounds done). AssertionError at the first round that ends differently."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
+        # compiles what every child would compile for itself
+        train(root / "warm")
         if status := forked(root / "whole", None, root / "operations"):
             raise AssertionError(f"the unbroken run ended with status {status}")
         whole, operations = outcome(root / "whole"), (root / "operations").read_text().splitlines()
