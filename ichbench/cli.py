@@ -17,6 +17,7 @@ from ichbench.commands.effects import effects
 from ichbench.commands.models import ensemble, nnunet, postprocessing, predict, select
 from ichbench.commands.named import named_folders
 from ichbench.commands.plans import fingerprint, plan
+from ichbench.commands.training import doctor, train
 from ichbench.errors import CaseError, InputError
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
 app.add_typer(nnunet, name="nnunet", help="Trained models from nnU-Net v2 and to it.")
-for command in (fingerprint, plan, predict, select, ensemble, board, effects):
+for command in (fingerprint, plan, train, predict, select, ensemble, board, effects, doctor):
     app.command()(command)
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -111,6 +111,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "logs",
         "optimizers",
         "trainer",
+        "machine",
     ),
     "board": (
         "intervals",
@@ -136,9 +137,9 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "rank_render",
         "published_render",
     ),
-    "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "recheck"),
+    "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "single", "recheck"),
     "progress": (),
-    "commands": ("named", "models", "plans", "boards", "effects"),
+    "commands": ("named", "models", "plans", "boards", "effects", "training"),
     "cli": (),
 }
 PLACE = {

@@ -94,6 +94,13 @@ def make_dag(study: Study, cohort: Cohort, seeds: tuple[int, ...], folds: tuple[
     return Dag(maker.steps, tuple(results))
 
 
+def fold_steps(arm: Arm, cohort: Cohort, part: Part, fold: str, seed: int, device: str, threads: int, protocol: str) -> dict[Kind, Step]:
+    """The steps of one training of one arm without post-processing, by their kind."""
+    maker = _Maker(cohort, device, threads, protocol)
+    maker.result(arm, part, fold, seed, None)
+    return {step.kind: step for step in maker.steps.values()}
+
+
 def _refuse_overlap(parts: dict[str, Part]) -> None:
     """A case that two folds score would count twice, and an untrained arm has no fold to tell the two apart."""
     seen: dict[str, str] = {}

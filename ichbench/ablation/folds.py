@@ -61,6 +61,16 @@ def make_part(cohort: Cohort, fold: str) -> Part:
     return Part(tuple(chosen["train"]), tuple(chosen["val"]), tuple(chosen["val"]))
 
 
+def training_part(cohort: Cohort, fold: str) -> Part:
+    """The same for a single training: `full` needs no labelled test cases, there is just nothing to score then."""
+    if fold != "full" and not fold.isdecimal():
+        raise InputError(f"--fold {fold!r} is not understood; give full (train on all training cases) or a number such as 0")
+    train = tuple(name for name in cohort.train_ids if cohort.record(name).label is not None)
+    if fold == "full" and train and not labelled_test_ids(cohort):
+        return Part(train, train, ())
+    return make_part(cohort, fold)
+
+
 def used_split(cohort: Cohort, fold: str) -> Split:
     """The numbered fold of the cohort's `splits_final.json`, else of nnU-Net's own folds; a patient on both sides is an error."""
     train = tuple(name for name in cohort.train_ids if cohort.record(name).label is not None)

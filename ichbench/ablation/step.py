@@ -219,7 +219,8 @@ def _previous(task: Task) -> dict[str, Any]:
     return {}
 
 
-def _train(task: Task) -> dict[str, Any]:
+def train_stage(task: Task, **options: Any) -> dict[str, Any]:
+    """The stage `train`; `options` are those of `trainer.train`."""
     import numpy as np
 
     from ichbench.cases.labels import rules_from_json
@@ -256,9 +257,8 @@ def _train(task: Task) -> dict[str, Any]:
         task.device,
         task.threads,
         rules=rules,
-        saving=Saving(task.kept, keep=False),
         digests={name: prepared_digest(store, name) for name in names},
-        say=lambda text: print(text, flush=True),  # noqa: T201
+        **options or {"saving": Saving(task.kept, keep=False), "say": lambda text: print(text, flush=True)},  # noqa: T201
     )
     about = {name: getattr(result, name) for name in ("epochs", "best_epoch", "moving_average", "pseudo_dice", "stopped_early")}
     return {"training": about | {"final_sha256": result.final_sha256, "best_sha256": result.best_sha256}}
@@ -363,7 +363,7 @@ def _score(task: Task) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Task], dict[str, Any]]] = {
     "prepare": _prepare,
     "previous": _previous,
-    "train": _train,
+    "train": train_stage,
     "predict": _predict,
     "postprocess": _postprocess,
     "score": _score,

@@ -113,8 +113,11 @@ def line_text(line: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`40 s`, `3 min`, `2.5 h`."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    """`40 s`, `3 min`, `2.5 h`, `12 days`."""
+    for limit, unit, name in ((100, 1, "s"), (6000, 60, "min"), (360_000, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{int(name == 'h')}f} {name}"
+    return f"{seconds / 86400:,.0f} days"
 
 
 @contextlib.contextmanager
@@ -186,15 +189,14 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> str | None:
     return None
 
 
-def curves_sink(path: Path, lines: list[dict[str, Any]]) -> Sink:
-    """Draws the curves now and then; `lines` are those before a resume. Says nothing where matplotlib is missing."""
+def curves_sink(path: Path, log: Path) -> Sink:
+    """Draws the curves of a log now and then. Says nothing where matplotlib is missing."""
     drawn = [time.monotonic()]
 
     def show(line: dict[str, Any]) -> None:
-        lines.append(line)
         if time.monotonic() - drawn[0] >= REDRAW_S:
+            draw_curves(read_log(log), path)
             drawn[0] = time.monotonic()
-            draw_curves(lines, path)
 
     return show
 

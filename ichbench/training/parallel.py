@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 from ichbench.errors import InputError
+
+Message = TypeVar("Message")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ class Team:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def told(self, message: Message) -> Message:
+        """What the leading process says; the others' `message` is not looked at."""
+        box = [message]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def any(self, said: bool, device: torch.device) -> bool:
         """Does any process say so?"""

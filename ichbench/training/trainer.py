@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ from ichbench.training.folder import (
 from ichbench.training.keeper import Keeper, signals
 from ichbench.training.logs import LogFile, Sink, Tick, epoch_line, open_log
 from ichbench.training.optimizers import OPTIMIZERS, optimizer_tensors, restore_optimizer
+from ichbench.training.parallel import ALONE, Team
 from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, TrainingWarning, choose_cases
 from ichbench.training.schedule import Position, moving_average, poly_learning_rate, should_stop
 from ichbench.training.supervision import count_hits, dice_of, make_supervision
@@ -77,6 +79,7 @@ def train(
     progress: Sink | None = None,
     *,
     rules: LabelRules | None = None,
+    team: Team = ALONE,
     saving: Saving = DEFAULT_SAVING,
     pretrained: Path | None = None,
     overwrite: bool = False,
@@ -90,7 +93,8 @@ def train(
     `log.jsonl` has one line per epoch (`logs.epoch_line`): epoch, epochs, train_loss, val_loss, pseudo_dice (one per label or
     region), moving_average, learning_rate, and what was measured (`logs.MEASURED`); `progress` receives the same. A value that
     does not exist (no validation, no foreground seen) is null. The same seed, threads and machine give the same weights.
-    `rules` say what the outputs stand for; by default one label each, background first.
+    `rules` say what the outputs stand for; by default one label each, background first. Every process of a `team` calls this with
+    the same arguments; the one that leads writes, all return the same.
     With no validation cases, or validation_iterations = 0, nothing is validated and `best` is `final`.
 
     Called again on the same `out`, an unfinished training goes on from its last checkpoint; a finished one is returned as it is.
@@ -107,19 +111,24 @@ def train(
     _check(cases, training, seed, validates=bool(validation_cases) and training.validation_iterations > 0)
     rules = plain_rules(plan.n_classes) if rules is None else rules
     supervision = make_supervision(rules, plan.n_classes, plan.batch_dice, training)
+    if team.size > 1:
+        supervision = replace(supervision, pooled=team.pooled)
     started = None if pretrained is None else weights_digest(pretrained)
     identity = identity_of(plan, network, training, seed, cases, validation_cases, digests, started) | {"labels": rules.to_json()}
     checkpoints = out / "checkpoints" if saving.folder is None else saving.folder
     with _threads(threads):
         # what cannot be built is known before anything is touched
-        run = _Run(cases, validation_cases, plan, network, training, seed, torch.device(device), supervision)
+        run = _Run(cases, validation_cases, plan, network, training, seed, torch.device(device), supervision, team)
         if pretrained is not None:
             start_from(run.network, pretrained)
+        if not team.leads:
+            return run.follow(checkpoints)
         with open_folder(out, checkpoints, identity, overwrite, extend) as opened:
             if opened.result is not None:
                 say(f"{out} holds this training, finished; it is not trained again")
-                return read_finished(out, opened.result)
-            now = environment_of(device, threads)
+                team.told(("finished", result := read_finished(out, opened.result)))
+                return result
+            now, grown = environment_of(device, threads), False
             if (found := disk.load_checkpoint(checkpoints)) is not None:
                 # an extended training's checkpoint still names its old length
                 grown = found.state["identity"].get(EPOCHS) in opened.earlier
@@ -127,12 +136,13 @@ def train(
                 warn_of_changes(found.state["environment"], now)
                 run.restore(found, grown)
                 say(f"going on from the checkpoint {found.place.name}: epoch {run.at.epoch + 1}, {run.at.step} steps of it done")
+            team.told(("go", grown))
             write_mark(out, opened, now)
             about = {"seed": seed} | ({} if started is None else {"pretrained": started})
-            with open_log(out / LOG, run.at.log) as log, signals() as stop:
-                keeper = Keeper(checkpoints, saving, {"identity": identity, "environment": now}, stop)
-                run.to_the_end(keeper, log, progress, tick)
-                result = run.write(out, about)
+            with open_log(out / LOG, run.at.log) as log, signals() as run.stop:
+                run.keeper = Keeper(checkpoints, saving, {"identity": identity, "environment": now}, run.stop)
+                run.to_the_end(log, progress, tick)
+                team.told(("done", result := run.write(out, about)))
             write_mark(out, replace(opened, result=result_table(result)), now)
             disk.clear(checkpoints, 1 if saving.keep else 0)
             return result
@@ -151,13 +161,25 @@ class _Run:
         seed: int,
         device: torch.device,
         supervision: Supervision,
+        team: Team,
     ) -> None:
         self.cases = choose_cases(cases, training.cases, seed)
         self.validation_cases = validation_cases if training.validation_iterations else []
         self.plan, self.recipe, self.device = plan, training, device
-        self.sampling: Sampling = training_sampling(plan.patch_size, plan.batch_size, training, seed)
+        # a plan of nnU-Net's kind says which channels are normalised inside the head alone; neighbouring slices repeat the channels
+        masked = tuple(getattr(plan, "use_mask_for_norm", ()))
+        channels = cases[0].image_czyx.shape[0]
+        masked *= channels // len(masked) if masked else 1
+        previous = len(supervision.rules.foreground_labels) if cases[0].previous_zyx is not None else 0
+        if channels + previous != plan.in_channels:
+            raise InputError(
+                f"the cases have {channels} channels and {previous} labels of a first stage; the plan takes {plan.in_channels}"
+            )
+        self.sampling: Sampling = training_sampling(plan.patch_size, plan.batch_size, training, seed, masked, previous)
+        self.team, self.samples = team, team.share(plan.batch_size)
         self.validation_sampling = replace(self.sampling, augment=None)
         self.network: UNet = make_unet(plan, network, seed).to(device)
+        self.model = team.wrapped(self.network)
         self.optimizer = OPTIMIZERS[training.optimizer](self.network.parameters(), training)
         loss: Loss = LOSSES[training.loss]
         self.rules = supervision.rules
@@ -171,6 +193,7 @@ class _Run:
         self.at = Position()
         self.best: dict[str, Tensor] = {}
         self.keeper: Keeper | None = None
+        self.stop = threading.Event()
 
     def restore(self, found: disk.Checkpoint, grown: bool) -> None:
         """Go on from a checkpoint; one that has `grown` was at its end, and is no more."""
@@ -187,16 +210,42 @@ class _Run:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         return tensors, {"at": self.at.to_json(), "optimizer": plain}
 
-    def to_the_end(self, keeper: Keeper, log: LogFile, progress: Sink | None, tick: Tick | None) -> None:
+    def follow(self, checkpoints: Path) -> TrainResult:
+        """The part of a process that does not lead: the same steps from the same checkpoint, nothing written."""
+        nothing: tuple[str, Any] = ("", None)
+        word, value = self.team.told(nothing)
+        if word == "go":
+            if (found := disk.load_checkpoint(checkpoints)) is not None:
+                self.restore(found, value)
+            with signals() as self.stop:
+                self.to_the_end(None, None, None)
+            word, value = self.team.told(nothing)
+        return value  # type: ignore[no-any-return]
+
+    def between_steps(self, last: bool = False) -> None:
+        """A checkpoint, if it is time for one; the end, if a signal came to any process."""
+        if self.team.any(self.stop.is_set(), self.device):
+            self.stop.set()
+        if self.keeper is not None:
+            self.keeper.after_step(self, last)
+        elif self.stop.is_set() and not last:
+            raise KeyboardInterrupt
+
+    def clock(self) -> None:
+        if self.keeper is not None:
+            self.keeper.clock(self.at)
+
+    def to_the_end(self, log: LogFile | None, progress: Sink | None, tick: Tick | None) -> None:
+        # nobody writes a checkpoint before everybody has read the old one
+        self.team.wait()
         at, recipe = self.at, self.recipe
-        self.keeper = keeper
         while at.epoch < recipe.epochs and not at.stopped:
             rate = poly_learning_rate(at.epoch, recipe.epochs, recipe.learning_rate, recipe.poly_exponent)
             train_loss = self.train_epoch(at.epoch, rate, tick)
-            keeper.clock(at)
+            self.clock()
             train_seconds = at.epoch_seconds
             val_loss, pseudo_dice = self.validate_epoch(at.epoch)
-            keeper.clock(at)
+            self.clock()
             at.average = moving_average(at.average, _mean(pseudo_dice), recipe.moving_average)
             at.pseudo_dice = tuple(_or_none(value) for value in pseudo_dice)
             if (improved := at.best.after(at.epoch, at.average)) is not at.best:
@@ -211,10 +260,11 @@ class _Run:
             at.log.append(line)
             at.stopped = recipe.early_stopping != "off" and should_stop(at.best, at.epoch, recipe.early_stopping.patience_epochs)
             at.epoch, at.step, at.loss_sum, at.epoch_seconds, at.wait_seconds = at.epoch + 1, 0, 0.0, 0.0, 0.0
-            log.add(line)
+            if log is not None:
+                log.add(line)
             if progress is not None:
                 progress(line)
-            keeper.after_step(self, last=at.epoch == recipe.epochs or at.stopped)
+            self.between_steps(last=at.epoch == recipe.epochs or at.stopped)
 
     def write(self, out: Path, about: dict[str, Any]) -> TrainResult:
         """Final and best weights, and what there is to say about them."""
@@ -233,12 +283,12 @@ class _Run:
         self.network.train()
         at, steps = self.at, self.recipe.iterations_per_epoch
         numbers = range(epoch * steps + at.step, (epoch + 1) * steps)
-        batches = ahead(lambda step: make_batch(self.cases, self.sampling, TRAIN_STREAM, step), numbers, self.workers)
+        batches = ahead(lambda step: self.batch(self.cases, self.sampling, TRAIN_STREAM, step), numbers, self.workers)
         for image, target in self.watched(batches, waits=True):
             self.optimizer.zero_grad(set_to_none=True)
             with self.precision():
-                outputs = self.network(image.to(self.device, non_blocking=True))
-            loss = self.loss(outputs, target.to(self.device, non_blocking=True))
+                outputs = self.model(image)
+            loss = self.loss(outputs, target)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise CaseError(
@@ -252,16 +302,19 @@ class _Run:
             at.step += 1
             if tick is not None:
                 tick(epoch, at.step, steps, value)
-            if self.keeper is not None:
-                self.keeper.after_step(self)
+            self.between_steps()
         return at.loss_sum / steps
+
+    def batch(self, cases: Sequence[TrainingCase], sampling: Sampling, stream: int, step: int) -> tuple[Tensor, Tensor]:
+        """This process's part of a batch, on the device."""
+        return make_batch(cases, sampling, stream, step, self.device, self.samples)
 
     def watched(self, batches: Iterator[tuple[Tensor, Tensor]], waits: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """The same batches; the time waited for them is counted, and a signal ends validation between two of them."""
         with contextlib.closing(batches) if isinstance(batches, Generator) else contextlib.nullcontext():
             while True:
-                if self.keeper is not None and self.keeper.stop.is_set():
-                    self.keeper.after_step(self)
+                if self.team.size == 1 and self.stop.is_set():
+                    self.between_steps()
                 began = time.monotonic()
                 batch = next(batches, None)
                 self.at.wait_seconds += time.monotonic() - began if waits else 0.0
@@ -277,14 +330,14 @@ class _Run:
         first, total = epoch * steps, 0.0
         counts = np.zeros((len(self.rules.targets), 2))
         cases, sampling = self.validation_cases, self.validation_sampling
-        batches = ahead(lambda step: make_batch(cases, sampling, VALIDATION_STREAM, step), range(first, first + steps), self.workers)
+        batches = ahead(lambda step: self.batch(cases, sampling, VALIDATION_STREAM, step), range(first, first + steps), self.workers)
         with torch.no_grad():
-            for image, labels in self.watched(batches):
-                target = labels.to(self.device)
+            for image, target in self.watched(batches):
                 with self.precision():
-                    outputs = self.network(image.to(self.device))
+                    outputs = self.network(image)
                 total += float(self.loss(outputs, target))
                 counts += count_hits(outputs if isinstance(outputs, Tensor) else outputs[0], target, self.rules)
+        counts = self.team.summed(torch.from_numpy(counts).to(self.device)).cpu().numpy()
         return _or_none(total / steps), dice_of(counts)
 
     def precision(self) -> torch.autocast:
