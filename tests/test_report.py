@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ichbench.board.effects import paired_effects
+from ichbench.board.render import board_text, build_board
 from ichbench.board.report import COLUMNS, build_report, report_csv, report_markdown, report_text, write_report
 from ichbench.board.runs import clusters_from, read_cases, read_run, report_of_run
 from ichbench.board.words import TEXT_WIDTH
@@ -56,7 +57,7 @@ def add_recipe(path: Path, arm: str, **training: object) -> None:
     (path / "recipes" / f"{arm}.json").write_text(json.dumps(table))
 
 
-FACTORIAL = {"design": "factorial", "factors": {"window": ["w"], "dims": ["d"]}}
+FACTORIAL = {"design": "factorial", "factors": [["window", ["w"]], ["dims", ["d"]]]}
 SITES = {"site": ["A", "B"] * 8, "reference_ml": ["5", "5", "50", "50"] * 4, "group": [""] * 16}
 
 
@@ -128,7 +129,8 @@ def test_single_seeds_and_seed_noise_are_marked() -> None:
              rows({"arm": 0.0}) if row.metric == "dice"]  # fmt: skip
     noisy = build_report(moved, metrics=("dice",))
     assert noisy.effects[0].verdict == "better"
-    assert "arm~" in report_text(noisy)
+    assert "better~" in report_text(noisy)
+    assert "better~" in board_text(build_board(moved, metrics=("dice",)))
     assert "training seeds alone" in report_text(noisy)
 
 
@@ -202,7 +204,9 @@ def test_damaged_tables_of_cases_are_named(tmp_path: Path, content: str, message
     assert read_cases(tmp_path / "no.csv") == {}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "\x00"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "\x00", '{"design": "factorial", "factors": {"w": 1}}', '{"design": "factorial", "factors": 3}']
+)
 def test_damaged_run_files_are_named(tmp_path: Path, content: str) -> None:
     path = run_folder(tmp_path / "run", {"w": 0.1})
     (path / "run.json").write_text(content)
