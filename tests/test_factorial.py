@@ -131,3 +131,15 @@ def test_incomplete_designs_and_wrong_factors_are_refused() -> None:
     uneven["d"] = uneven["d"][:-1]
     with pytest.raises(InputError, match="same cases"):
         effects(TWO, uneven)
+
+
+def test_seed_error_is_that_of_the_weighted_arms() -> None:
+    # every arm has two seeds 0.1 apart: sd^2 = 0.005, and 0.0025 for the mean of two
+    values = drawn(TWO, 7)
+    rows = [row._replace(seed=seed, value=row.value + shift) for row in study(TWO, values) for seed, shift in (("0", -0.05), ("1", 0.05))]
+    found = {one.term: one for one in factorial_effects(case_table(rows, ("dice",)), "base", TWO, resamples=100)}
+    assert found["w"].seed_error == pytest.approx(math.sqrt(4 * 0.5**2 * 0.0025))
+    assert found["w x d"].seed_error == pytest.approx(math.sqrt(4 * 0.0025))
+    assert not found["w"].single_seed
+    once = factorial_effects(case_table([row for row in rows if row.seed == "0"], ("dice",)), "base", TWO, resamples=100)
+    assert {one.single_seed for one in once} == {True}

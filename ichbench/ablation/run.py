@@ -121,7 +121,8 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
         "arms": [arm.name for arm in study.arms],
         "base": study.base,
         "design": study.design,
-        "factors": {name: list(levels) for name, levels in study.factors.items()},
+        # a list, because run.json sorts its keys and the names of arms follow the order of the factors
+        "factors": [[name, list(levels)] for name, levels in study.factors.items()],
         "failed": outcome.failed,
         "wall_seconds": round(time.time() - began, 1),
     }

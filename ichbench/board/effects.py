@@ -65,23 +65,31 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Effect(Estimate):
-    """One arm against the base in one metric, over the cases that both have; the family of Holm is the arms of the table.
+class Claim(Estimate):
+    """An estimate in one metric, and what is said about it.
 
-    share_improved  share of the pairs in which the arm is strictly better; nan for a metric without a direction
-    margin          what counts as equivalent; None where no margin is stated for the metric
-    single_seed     the arm or the base was trained with one seed only, so another seed may move the difference unseen
-    seed_error      standard error of the difference from training seeds alone; 0 for untrained arms, nan with a single seed
+    margin        what counts as equivalent; None where no margin is stated for the metric
+    single_seed   an arm in it was trained with one seed only, so another seed may move the difference unseen
+    seed_error    standard error of the difference from training seeds alone; 0 for untrained arms, nan with a single seed
     """
 
-    arm: str
-    base: str
     metric: str
-    share_improved: float
     verdict: Verdict
     margin: float | None
     single_seed: bool
     seed_error: float
+
+
+@dataclass(frozen=True)
+class Effect(Claim):
+    """One arm against the base in one metric, over the cases that both have; the family of Holm is the arms of the table.
+
+    share_improved  share of the pairs in which the arm is strictly better; nan for a metric without a direction
+    """
+
+    arm: str
+    base: str
+    share_improved: float
 
 
 def paired_effects(
@@ -135,7 +143,7 @@ def effects_of_table(
                 verdict=verdict_of(estimate, better, margin),
                 margin=margin,
                 single_seed=any(one_seed(table.seeds[name]) for name in (arm, base)),
-                seed_error=seed_error(table, (arm, base), metric),
+                seed_error=seed_error(table, {arm: 1.0, base: -1.0}, metric),
             )
     return [found[arm, metric] for arm in arms for metric in table.metrics]
 
@@ -261,14 +269,19 @@ def one_seed(seeds: tuple[str, ...]) -> bool:
     return len(seeds) == 1 and seeds != ("-",)
 
 
-def seed_error(table: CaseTable, arms: Iterable[str], metric: str) -> float:
-    """Standard error of a difference of these arms' means that comes from training seeds: root of the sum of (seed sd)^2 / seeds."""
+def seed_error(table: CaseTable, weights: Mapping[str, float], metric: str) -> float:
+    """Standard error of a weighted sum of arms' means that comes from training seeds: root of the sum of weight^2 x (seed sd)^2 / seeds."""
     variance = 0.0
-    for arm in arms:
+    for arm, weight in weights.items():
         if table.seeds[arm] != ("-",):
             means = table.seed_means.get((arm, metric), ())
-            variance += sample_sd(means) ** 2 / max(1, len(means))
+            variance += weight**2 * sample_sd(means) ** 2 / max(1, len(means))
     return math.sqrt(variance) if not math.isnan(variance) else math.nan
+
+
+def within_seeds(claim: Claim) -> bool:
+    """A claim that training seeds alone may have made: less than twice their error."""
+    return claim.verdict in ("better", "worse") and not math.isnan(claim.seed_error) and abs(claim.difference) < 2 * claim.seed_error
 
 
 def _kept(column: FloatArray, units: tuple[str, ...] | None) -> list[str] | None:

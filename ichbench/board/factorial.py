@@ -13,7 +13,17 @@ from typing import Literal
 
 import numpy as np
 
-from ichbench.board.effects import Estimate, Verdict, better_direction, estimate_family, margin_of, verdict_of, without_rounding
+from ichbench.board.effects import (
+    Claim,
+    better_direction,
+    estimate_family,
+    margin_of,
+    one_seed,
+    seed_error,
+    verdict_of,
+    within_width,
+    without_rounding,
+)
 from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, FloatArray, Method
 from ichbench.board.summary import CaseTable, Clusters, clusters_of, listed
 from ichbench.errors import InputError
@@ -24,7 +34,7 @@ Weights = dict[tuple[str | None, ...], float]
 
 
 @dataclass(frozen=True)
-class FactorEffect(Estimate):
+class FactorEffect(Claim):
     """A contrast of a factorial design in one metric; Holm's family is all contrasts of one kind in that metric.
 
     main effect   mean over all settings of the other factors of (level - off)
@@ -34,8 +44,6 @@ class FactorEffect(Estimate):
 
     kind: Kind
     term: str
-    metric: str
-    verdict: Verdict
 
 
 def factorial_effects(
@@ -75,9 +83,19 @@ def factorial_effects(
         for kind, contrasts in kinds.items():
             columns = [contrast_of(values, weights) for weights in contrasts.values()]
             estimates = estimate_family(columns, [units] * len(columns), seed, resamples, method)
-            for term, estimate in zip(contrasts, estimates, strict=True):
+            for (term, weights), column, estimate in zip(contrasts.items(), columns, estimates, strict=True):
+                by_arm = {arm_of[setting]: weight for setting, weight in weights.items()}
                 found.append(
-                    FactorEffect(**asdict(estimate), kind=kind, term=term, metric=metric, verdict=verdict_of(estimate, better, margin))
+                    FactorEffect(
+                        **asdict(within_width(estimate, metric, column) if kind == "main effect" else estimate),
+                        metric=metric,
+                        verdict=verdict_of(estimate, better, margin),
+                        margin=margin,
+                        single_seed=any(one_seed(table.seeds[arm]) for arm in by_arm),
+                        seed_error=seed_error(table, by_arm, metric),
+                        kind=kind,
+                        term=term,
+                    )
                 )
     return found
 

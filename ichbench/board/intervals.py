@@ -133,20 +133,12 @@ def quantile_interval(
     Without clusters the ranks come from the binomial distribution (covers at least `level`); with clusters from the cluster-robust
     error of the share of cases below the quantile (Woodruff 1952). (nan, nan) where no pair of ranks covers `level`.
     """
-    from scipy.stats import binom, t
-
     n = len(values)
     ordered = np.sort(values)
     if n < 2:
         return math.nan, math.nan
     if clusters is None:
-        low = int(binom.ppf((1 - level) / 2, n, share))
-        # ranks low .. high (from 1): P(fewer than low below) and P(more than high - 1 below) are each at most half of the rest
-        while low > 0 and binom.cdf(low - 1, n, share) > (1 - level) / 2:
-            low -= 1
-        high = int(binom.isf((1 - level) / 2, n, share)) + 1
-        while high <= n and binom.sf(high - 1, n, share) > (1 - level) / 2:
-            high += 1
+        low, high = _quantile_ranks(n, share, level)
         if low < 1 or high > n:
             return math.nan, math.nan
         return float(ordered[low - 1]), float(ordered[high - 1])
@@ -154,7 +146,7 @@ def quantile_interval(
     sums, sizes = unit_sums((values <= middle).astype(np.float64)[:, None], clusters)
     if len(sums) < 2:
         return math.nan, math.nan
-    half = float(t.ppf((1 + level) / 2, len(sums) - 1) * standard_errors(sums, sizes)[0])
+    half = float(_t_quantile(len(sums), level) * standard_errors(sums, sizes)[0])
     low, high = math.floor(n * (share - half)), math.ceil(n * (share + half)) + 1
     if low < 1 or high > n:
         return math.nan, math.nan
@@ -260,6 +252,17 @@ def _sum_rows(values: FloatArray) -> FloatArray:
 def _tail_rank(n_units: int, n_resamples: int, level: float, method: Method) -> int:
     tail = (1 - level) / 2 if method == "percentile" else _expanded_tail(n_units, level)
     return max(1, math.floor(tail * (n_resamples + 1)))
+
+
+@lru_cache(maxsize=1024)
+def _quantile_ranks(n: int, share: float, level: float) -> tuple[int, int]:
+    """Ranks (from 1) whose values hold the quantile: at most half of 1 - level lies beyond each. 0 or n + 1 where there is none."""
+    from scipy.special import bdtr, bdtrc
+
+    tail = (1 - level) / 2
+    low = max((rank for rank in range(1, n + 1) if bdtr(rank - 1, n, share) <= tail), default=0)
+    high = min((rank for rank in range(1, n + 1) if bdtrc(rank - 1, n, share) <= tail), default=n + 1)
+    return low, high
 
 
 @lru_cache(maxsize=1024)

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ichbench.board.effects import FEWEST_PAIRS, Effect, better_direction, effects_of_table, one_seed, require_same_cases
+from ichbench.board.effects import (
+    FEWEST_PAIRS,
+    Claim,
+    Effect,
+    better_direction,
+    effects_of_table,
+    one_seed,
+    require_same_cases,
+    within_seeds,
+)
 from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, Method
 from ichbench.board.signflip import POWER
 from ichbench.board.summary import DEFAULT_METRICS, ROUGH_BELOW_CASES, ArmSummary, Clusters, case_table, listed, summarise_table
@@ -183,7 +192,7 @@ def _effects_table(board: Board) -> Table:
         for metric in shown:
             e = effect_of[arm, metric]
             improved = 0 if e.n_pairs == 0 else round(e.share_improved * e.n_pairs)
-            verdict = f"{e.verdict}\n{finds_text(e, metric)}" if e.verdict == "not separable" else e.verdict
+            verdict = f"{e.verdict}\n{finds_text(e, metric)}" if e.verdict == "not separable" else e.verdict + "~" * within_seeds(e)
             cells += ["\n".join(effect_lines(e, metric)), p_text(e.p_adjusted), f"{improved}/{e.n_pairs}", verdict]
         table.add_row(*map(Text, cells))
     return table
@@ -211,7 +220,7 @@ def _footnotes(board: Board) -> list[str]:
     return notes
 
 
-def effect_notes(effects: Sequence[Effect]) -> list[str]:
+def effect_notes(effects: Sequence[Claim]) -> list[str]:
     """What a reader of verdicts must know."""
     notes = [
         "verdict: better or worse if the permutation p (sign flips of the paired differences, Holm over the arms of a metric) is at most "
@@ -222,6 +231,8 @@ def effect_notes(effects: Sequence[Effect]) -> list[str]:
     if margins := {effect.metric: effect.margin for effect in effects if effect.verdict == "equivalent"}:
         within = ", ".join(f"{metric} {margin:g}" for metric, margin in margins.items())
         notes.append(f"equivalent: the whole interval of the difference lies within the margin ({within}).")
+    if any(within_seeds(effect) for effect in effects):
+        notes.append("~: the difference is less than twice the error that training seeds alone make.")
     if min(effect.n_units for effect in effects) < FEWEST_PAIRS:
         notes.append(f"With fewer than {FEWEST_PAIRS} pairs every verdict is 'not separable'.")
     return notes

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ichbench.board.curves import LearningCurve, learning_curves
-from ichbench.board.effects import Effect, Estimate, effects_of_table, require_same_cases
+from ichbench.board.effects import Claim, Effect, Estimate, effects_of_table, require_same_cases
 from ichbench.board.factorial import FactorEffect, factorial_effects
 from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, Method
 from ichbench.board.render import effect_notes
@@ -22,7 +22,6 @@ from ichbench.board.words import (
     TEXT_WIDTH,
     effect_lines,
     exact,
-    finds_text,
     format_of,
     interval_note,
     markdown_table,
@@ -108,8 +107,7 @@ def report_csv(report: Report) -> str:
     for effect in report.effects:
         lines.append({"part": "arm", **_effect_cells(effect)})
     for factor in report.factors:
-        cells = {"part": factor.kind, "term": factor.term, "base": report.base, "metric": factor.metric, "verdict": factor.verdict}
-        lines.append(cells | _estimate_cells(factor))
+        lines.append({"part": factor.kind, "term": factor.term, "base": report.base, **_claim_cells(factor)})
     for one in report.strata:
         s = one.summary
         cells = {"part": one.kind, "stratum": one.stratum, "term": s.arm, "metric": s.metric}
@@ -166,7 +164,7 @@ def _arms_part(report: Report, metric: str) -> Part:
     for e in report.effects:
         if e.metric == metric:
             improved = "-" if math.isnan(e.share_improved) else f"{e.share_improved:.0%}"
-            name = e.arm + ("*" if e.single_seed else "") + ("~" if _within_seeds(e) else "")
+            name = e.arm + ("*" if e.single_seed else "")
             numbers = [" ".join(effect_lines(e, metric)), str(e.n_pairs), p_text(e.p), p_text(e.p_adjusted), _standardised(e), improved]
             rows.append([name, *numbers, verdict_text(e)])
     return f"{metric}: arms against {report.base}", header, rows
@@ -189,8 +187,8 @@ def _factors_part(report: Report, metric: str) -> Part:
     rows = []
     for f in report.factors:
         if f.metric == metric:
-            verdict = f"{f.verdict} {finds_text(f, metric)}" if f.verdict == "not separable" else f.verdict
-            rows.append([f.term, f.kind, " ".join(effect_lines(f, metric)), str(f.n_pairs), p_text(f.p_adjusted), verdict])
+            name = f.term + ("*" if f.single_seed else "")
+            rows.append([name, f.kind, " ".join(effect_lines(f, metric)), str(f.n_pairs), p_text(f.p_adjusted), verdict_text(f)])
     return f"{metric}: factors", header, rows
 
 
@@ -221,11 +219,9 @@ def _notes(report: Report) -> list[str]:
     if fewest < ROUGH_BELOW_CASES:
         notes.append(f"n is as low as {fewest}: below {ROUGH_BELOW_CASES} cases intervals are rough.")
     if report.effects:
-        notes += effect_notes(report.effects)
+        notes += effect_notes([*report.effects, *report.factors])
     if any(effect.single_seed for effect in report.effects):
         notes.append("*: the arm or the base was trained with one seed only; another seed may move the difference by more than shown.")
-    if any(_within_seeds(effect) for effect in report.effects):
-        notes.append("~: the difference is less than twice the error that training seeds alone make.")
     if report.factors:
         notes.append(
             "main effect: mean over all settings of the other factors; interaction: what two levels do together beyond the sum of what "
@@ -236,19 +232,17 @@ def _notes(report: Report) -> list[str]:
     return notes
 
 
-def _within_seeds(effect: Effect) -> bool:
-    """A claim that training seeds alone may have made."""
-    return effect.verdict in ("better", "worse") and not math.isnan(effect.seed_error) and abs(effect.difference) < 2 * effect.seed_error
-
-
 def _standardised(estimate: Estimate) -> str:
     return "-" if math.isnan(estimate.standardised) else f"{estimate.standardised:+.2f}"
 
 
 def _effect_cells(e: Effect) -> dict[str, str]:
-    cells = {"term": e.arm, "base": e.base, "metric": e.metric, "share_improved": exact(e.share_improved), "margin": exact(e.margin)}
-    cells |= {"verdict": e.verdict, "single_seed": str(int(e.single_seed)), "seed_error": exact(e.seed_error)}
-    return cells | _estimate_cells(e)
+    return {"term": e.arm, "base": e.base, "share_improved": exact(e.share_improved), **_claim_cells(e)}
+
+
+def _claim_cells(e: Claim) -> dict[str, str]:
+    cells = {"metric": e.metric, "margin": exact(e.margin), "verdict": e.verdict}
+    return cells | {"single_seed": str(int(e.single_seed)), "seed_error": exact(e.seed_error)} | _estimate_cells(e)
 
 
 def _estimate_cells(e: Estimate) -> dict[str, str]:

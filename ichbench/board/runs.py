@@ -47,7 +47,7 @@ def read_run(path: Path) -> Run:
     about = _json(path / "run.json") | _json(path / "board.json")
     scored = {row.arm for row in rows}
     arms = tuple(str(arm) for arm in about.get("arms", ()) if arm in scored)
-    factors = about.get("factors", {}) if about.get("design") == "factorial" else {}
+    factors = _factors(path, about) if about.get("design") == "factorial" else {}
     base = about.get("base", next(iter(about.get("arms", ())), None))
     return Run(rows, read_cases(path / "cases.csv"), base, arms, factors, _training_cases(path, scored))
 
@@ -125,6 +125,13 @@ def report_of_run(
         kinds=kinds,
         **options,
     )
+
+
+def _factors(path: Path, about: Mapping[str, Any]) -> dict[str, list[str]]:
+    try:
+        return {str(name): [str(level) for level in levels] for name, levels in about.get("factors", [])}
+    except (TypeError, ValueError):
+        raise InputError(f"{path / 'run.json'}: factors must be a list of [name, levels]; run the study again") from None
 
 
 def _has_design(run: Run, arms: set[str]) -> bool:

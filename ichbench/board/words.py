@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ichbench.board.effects import Effect, Estimate, better_direction
+from ichbench.board.effects import Claim, Estimate, better_direction, within_seeds
 from ichbench.board.intervals import LEVEL, METHOD_TEXT, Method
 from ichbench.board.summary import ArmSummary, width_of
 from ichbench.scoring.protocol import METRICS, split_metric
@@ -58,12 +58,12 @@ def p_text(p: float) -> str:
     return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def verdict_text(effect: Effect) -> str:
-    """The verdict; beside "not separable" the difference that such a study would find in 80 % of cases."""
+def verdict_text(effect: Claim) -> str:
+    """The verdict, with ~ where training seeds alone may have made it; beside "not separable" what such a study would find."""
     if effect.verdict == "equivalent":
         return f"equivalent within {effect.margin:g}"
     if effect.verdict != "not separable":
-        return effect.verdict
+        return effect.verdict + "~" * within_seeds(effect)
     return f"not separable {finds_text(effect, effect.metric)}"
 
 
