@@ -21,8 +21,8 @@ from ichbench.network.winograd import WinogradConv, is_plain
 BLOCK = 2**17
 #: elements of one row of such a block, about
 ROW = 1024
-#: input channels up to which a convolution is one matrix product over channels and taps
-FEW = 4
+#: input channels times taps up to which a convolution is one matrix product over both: an image of one channel, 3 x 3 taps
+FEW = 9
 
 
 def fast_network(network: UNet) -> UNet:
@@ -34,7 +34,8 @@ def fast_network(network: UNet) -> UNet:
             if isinstance(child, NormAct):
                 setattr(module, name, FastNormAct(child))
             elif is_plain(child):
-                one_product = child.in_channels <= FEW or set(child.kernel_size) == {1}
+                taps = math.prod(child.kernel_size)
+                one_product = taps == 1 or taps * child.in_channels <= FEW
                 setattr(module, name, ProductConv(child) if one_product else WinogradConv(child))
     return found
 
@@ -47,6 +48,8 @@ class FastNormAct(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
+        if x[0].numel() <= BLOCK:
+            return self.norm(x)  # type: ignore[no-any-return]
         channels = x.shape[1]
         voxels = math.prod(x.shape[2:])
         per_row = math.gcd(voxels, max(1, ROW // channels))

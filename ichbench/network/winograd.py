@@ -27,7 +27,7 @@ OUTPUTS, POINTS = 4, 6
 #: rows of the matrix product of one point: more do not make BLAS faster, but leave the cache
 ROWS_AT_ONCE = 64
 #: what a layer costs, in nanoseconds of one core, to choose between ways; only their ratios matter (AMD EPYC 7003, AVX2)
-FLOP_DIRECT, FLOP_POINT, WEIGHT, ADDITION = 1 / 95, 1 / 65, 0.4, 0.27
+FLOP_DIRECT, FLOP_POINT, WEIGHT, ADDITION, CALL = 1 / 95, 1 / 65, 0.4, 0.27, 2500
 #: a way with more additions must promise at least so much, for the estimate is rough
 WORTH_IT = 0.85
 
@@ -78,7 +78,9 @@ def transformed_axes(shape_zyx: Sequence[int], kernel: Axes, channels_in: int, c
     for axes in (must, (*must, 2)):
         grid = [-(-n // OUTPUTS) if axis in axes else n + kernel[axis] - 1 for axis, n in enumerate(shape_zyx)]
         products = POINTS ** len(axes) * (1 if 2 in axes else kernel[2])
-        cost = products * both * (2 * FLOP_POINT * math.prod(grid) + WEIGHT)
+        rows = math.prod(grid)
+        blocks = math.ceil(rows / max(ROWS_AT_ONCE, rows // grid[0]))
+        cost = products * both * (2 * FLOP_POINT * rows + WEIGHT) + blocks * CALL * (products + 24 * len(axes))
         # an axis takes 12 additions to or from 6 points; later axes have more to do, for 4 voxels have become 6 points
         elements = math.prod(shape_zyx) * (channels_in + channels_out)
         cost += sum(2 * ADDITION * elements * 1.5 ** (index + 1) for index in range(len(axes)))
