@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.labels import plain_rules
+from ichbench.inference.memory import kept_memory
 from ichbench.inference.predictors import Tools, predict_unet
 from ichbench.network.losses import Supervision, dice_ce
 from ichbench.network.unet import UNet, make_unet
@@ -43,23 +44,26 @@ from ichbench.prepare.plan import Plan, make_plan
 from ichbench.recipe import InferenceRecipe, NetworkRecipe, PlanRecipe, PrepareRecipe
 
 LABELS = {"background": 0, "ich": 1}
+WINOGRAD, DIRECT = "ichbench, fp32, Winograd (default)", "ichbench, fp32, direct"
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--features", default="8", help="of the highest level, one table each, such as 8,32; nnU-Net plans 32")
+    arguments.add_argument("--features", default="32", help="of the highest level, one table each, such as 8,32; nnU-Net plans 32")
     arguments.add_argument("--patch", default="16,128,128")
     arguments.add_argument("--spacing", default="5,0.9,0.9", help="working spacing, mm")
     arguments.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True)
     arguments.add_argument("--steps", type=int, default=40, help="of training before the comparison")
     arguments.add_argument("--repeats", type=int, default=2)
+    arguments.add_argument("--nets", action="store_true", help="time the networks alone instead, on one patch")
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--skip-peers", action="store_true", help="time ichbench alone")
     arguments.add_argument("--memory", action="store_true", help="only the large CT")
     arguments.add_argument("--out", type=Path, help="write the table here as well")
     given = arguments.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    parts = [memory(given.device)] if given.memory else [compared(given, int(features)) for features in given.features.split(",")]
+    work = alone if given.nets else compared
+    parts = [memory(given.device)] if given.memory else [work(given, int(features)) for features in given.features.split(",")]
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     if given.out:
@@ -82,7 +86,11 @@ def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
     network.eval()
     unlabelled = replace(case, labels_zyx=None)
     recipe = InferenceRecipe(mirror=given.mirror)
-    sides: dict[str, Callable[[], Any]] = {"ichbench, fp32": ours(unlabelled, recipe, prepare, plan, network, given.device)}
+    direct = recipe.model_copy(update={"convolution": "direct"})
+    sides: dict[str, Callable[[], Any]] = {
+        WINOGRAD: ours(unlabelled, recipe, prepare, plan, network, given.device),
+        DIRECT: ours(unlabelled, direct, prepare, plan, network, given.device),
+    }
     sides["ichbench, compatibility = nnunet"] = ours(
         unlabelled, recipe.model_copy(update={"compatibility": "nnunet"}), prepare, plan, network, given.device
     )
@@ -92,23 +100,49 @@ def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
         sides[f"nnU-Net {peer_version()}"] = theirs(unlabelled, plan, network, given.mirror, given.device)
     best, masks = timed(sides, given.repeats)
     base = best.get(f"nnU-Net {peer_version()}" if not given.skip_peers else "", float("nan"))
-    yield "| side | seconds | nnU-Net / side | Dice to our fp32 mask | voxels that differ from nnU-Net's mask |"
-    yield "|---|---|---|---|---|"
+    yield "| side | seconds | nnU-Net / side | Dice to our direct mask | voxels that differ from it | from nnU-Net's mask |"
+    yield "|---|---|---|---|---|---|"
     peer = None if given.skip_peers else masks[f"nnU-Net {peer_version()}"]
     for name, seconds in best.items():
         differ = "" if peer is None else f"{int((masks[name] != peer).sum())}"
-        yield f"| {name} | {seconds:.2f} | {base / seconds:.2f} | {dice(masks[name], masks['ichbench, fp32']):.5f} | {differ} |"
+        ours_differ = int((masks[name] != masks[DIRECT]).sum())
+        agreement = dice(masks[name], masks[DIRECT])
+        yield f"| {name} | {seconds:.2f} | {base / seconds:.2f} | {agreement:.6f} | {ours_differ} | {differ} |"
     parts = pieces(unlabelled, recipe, prepare, plan, network, given.device)
     yield ""
-    yield f"Of our fp32 seconds: {', '.join(f'{name} {seconds:.2f}' for name, seconds in parts.items())}."
-    yield f"Mask: {int(masks['ichbench, fp32'].sum()):,} voxels; Dice to the truth {dice(masks['ichbench, fp32'], case.labels_zyx):.3f}."
+    yield f"Of our seconds by default: {', '.join(f'{name} {seconds:.2f}' for name, seconds in parts.items())}."
+    yield f"Mask: {int(masks[DIRECT].sum()):,} voxels; Dice to the truth {dice(masks[DIRECT], case.labels_zyx):.3f}."
     yield (
         f"Plan: patch {plan.patch_size} at {plan.spacing} mm, features {plan.features}, {len(tiles(unlabelled, prepare, plan))} tiles, "
         + ("8 mirrorings." if given.mirror else "no mirroring.")
     )
     if given.device == "cpu" and not has_bf16():
         yield "This CPU does not compute in bf16: it has no row."
-    yield f"{processor(given.device)}, {torch.get_num_threads()} thread, torch {torch.__version__}, Python {platform.python_version()}."
+    yield f"{processor(given.device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}."
+
+
+def alone(given: argparse.Namespace, features: int) -> Iterator[str]:
+    """The networks on one patch, without tiles, mirrorings and what comes before and after."""
+    from ichbench.network.fast import fast_network
+
+    recipe = PlanRecipe(
+        patch_size=tuple(int(n) for n in given.patch.split(",")),
+        spacing_mm=tuple(float(n) for n in given.spacing.split(",")),
+        base_features=features,
+    )
+    plan = make_plan(fingerprint(iter([head_ct()])), recipe, ("CT",), 2, 1)
+    network = make_unet(plan, NetworkRecipe()).eval()
+    x = torch.randn(1, plan.in_channels, *plan.patch_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), kept_memory():
+        sides = {WINOGRAD: fast_network(network), DIRECT: network}
+        if not given.skip_peers:
+            sides[f"nnU-Net {peer_version()}"] = their_network(plan, network)
+        best, answers = timed({name: lambda side=side: side(x).numpy() for name, side in sides.items()}, given.repeats)  # type: ignore[misc]
+    base, spread = best[list(best)[-1]], float(answers[DIRECT].std())
+    yield "| network on one patch | seconds | nnU-Net / side | largest difference of logits to ours by direct convolutions, over their spread |"
+    yield "|---|---|---|---|"
+    for name, seconds in best.items():
+        yield f"| {name} | {seconds:.2f} | {base / seconds:.2f} | {float(np.abs(answers[name] - answers[DIRECT]).max()) / spread:.1e} |"
 
 
 def head_ct() -> Case:
@@ -167,8 +201,17 @@ def theirs(case: Case, plan: Plan, network: UNet, mirror: bool, device: str) -> 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "parity_nnunet"))
     for name in ("raw", "preprocessed", "results"):
         os.environ.setdefault(f"nnUNet_{name}", tempfile.gettempdir())
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
     from nn_predictor import make_predictor
+
+    peer = their_network(plan, network)
+    predictor = make_predictor(peer, [peer.state_dict()], plan, LABELS, mirror=(0, 1, 2) if mirror else None)
+    predictor.device = torch.device(device)
+    properties = {"spacing": list(case.grid.spacing_zyx_mm)}
+    return lambda: predictor.predict_single_npy_array(case.image_czyx, dict(properties), None, None, False)
+
+
+def their_network(plan: Plan, network: UNet) -> nn.Module:
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
     stages = len(plan.features)
     peer = PlainConvUNet(
@@ -178,15 +221,13 @@ def theirs(case: Case, plan: Plan, network: UNet, mirror: bool, device: str) -> 
     )  # fmt: skip
     peer.load_state_dict(their_names(network, stages), strict=False)
     x = torch.randn(2, plan.in_channels, *plan.patch_size, generator=torch.Generator().manual_seed(0))
+    device = next(network.parameters()).device
     with torch.inference_mode():
         worst = float((peer.eval()(x) - network.cpu()(x)).abs().max())
         network.to(device)
     if worst > 1e-3:
         raise SystemExit(f"the two networks differ by {worst}: the weights were not carried over")
-    predictor = make_predictor(peer, [peer.state_dict()], plan, LABELS, mirror=(0, 1, 2) if mirror else None)
-    predictor.device = torch.device(device)
-    properties = {"spacing": list(case.grid.spacing_zyx_mm)}
-    return lambda: predictor.predict_single_npy_array(case.image_czyx, dict(properties), None, None, False)
+    return peer  # type: ignore[no-any-return]
 
 
 def their_names(network: UNet, stages: int) -> dict[str, Tensor]:

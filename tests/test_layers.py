@@ -79,8 +79,9 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "survey",
         "store",
     ),
-    "network": ("norm", "blocks", "unet", "losses", "weights", "checkpoint", "nnunet_weights"),
+    "network": ("norm", "blocks", "unet", "winograd", "fast", "losses", "weights", "checkpoint", "nnunet_weights"),
     "inference": (
+        "memory",
         "sliding",
         "ensemble",
         "cascade",

@@ -23,6 +23,9 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
+from ichbench.inference.memory import kept_memory
+from ichbench.network.fast import fast_network
+from ichbench.network.unet import UNet
 from ichbench.recipe import InferenceRecipe, check_precision
 
 #: slices of a 2D network that go through it together; more saves nothing on a CPU
@@ -92,8 +95,10 @@ def predict_logits(
         raise InputError(f"{name}: expected an image (channels, z, y, x), got shape {image_czyx.shape}")
     if isinstance(network, nn.Module):
         network.eval()
+    if isinstance(network, UNet) and is_fast(recipe, device):
+        network = fast_network(network)
     flips = mirrorings(recipe.mirror, plan.dims)
-    with torch.inference_mode(), _precision(recipe, device):
+    with torch.inference_mode(), _precision(recipe, device), kept_memory():
         image = torch.from_numpy(np.ascontiguousarray(image_czyx, dtype=np.float32)).to(device)
         if recipe.compatibility == "nnunet":
             logits = _one_by_one(network, image, plan, recipe, flips)
@@ -121,6 +126,12 @@ def mirrorings(mirror: bool | tuple[int, ...], dims: int) -> list[tuple[int, ...
     if axes and axes[-1] >= dims:
         raise InputError(f"inference.mirror names the axes {list(axes)}, but a {dims}D network has the axes {list(range(dims))}")
     return [tuple(axis - dims for axis in some) for count in range(len(axes) + 1) for some in itertools.combinations(axes, count)]
+
+
+def is_fast(recipe: InferenceRecipe, device: str) -> bool:
+    """Whether `recipe.convolution` holds: Winograd's sums need single precision, and nnU-Net's are direct."""
+    direct = recipe.convolution == "direct" or recipe.compatibility == "nnunet"
+    return not direct and recipe.precision == "fp32" and torch.device(device).type == "cpu"
 
 
 def _precision(recipe: InferenceRecipe, device: str) -> Any:
