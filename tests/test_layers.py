@@ -78,7 +78,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "survey",
         "store",
     ),
-    "network": ("norm", "blocks", "unet", "losses", "weights", "checkpoint", "nnunet_weights"),
+    "network": ("conv", "norm", "blocks", "unet", "losses", "weights", "checkpoint", "nnunet_weights"),
     "inference": (
         "sliding",
         "ensemble",
