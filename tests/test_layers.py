@@ -79,7 +79,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "survey",
         "store",
     ),
-    "network": ("norm", "blocks", "unet", "winograd", "fast", "losses", "weights", "checkpoint", "nnunet_weights"),
+    "network": ("conv", "norm", "blocks", "unet", "winograd", "fast", "losses", "weights", "checkpoint", "nnunet_weights"),
     "inference": (
         "memory",
         "sliding",

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ichbench.network.conv import convolve
 from ichbench.network.norm import NormAct
 
 Axes = Sequence[int]
@@ -35,7 +36,7 @@ class ConvBlock(nn.Module):
         self.norm = NormAct(channels_out, leaky_slope)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))  # type: ignore[no-any-return]
+        return self.norm(convolve(self.conv, x))  # type: ignore[no-any-return]
 
 
 class ResidualBlock(nn.Module):

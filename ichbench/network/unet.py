@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ichbench.errors import InputError
 from ichbench.network.blocks import BLOCKS, CONV, UP_CONV, Axes, ConvBlock, ResidualBlock, stage
+from ichbench.network.conv import convolve
 from ichbench.network.norm import NormAct
 from ichbench.recipe import NetworkRecipe
 
@@ -91,10 +92,10 @@ class UNet(nn.Module):
         every = self.training and self.deep_supervision
         logits = []
         for level in reversed(range(len(self.decoder))):
-            x = torch.cat((self.up[level](x), skips[level]), dim=1)
+            x = torch.cat((convolve(self.up[level], x), skips[level]), dim=1)
             x = self.decoder[level](x)
             if every or level == 0:
-                logits.append(self.heads[level](x))
+                logits.append(convolve(self.heads[level], x))
         return logits[::-1] if every else logits[0]
 
 
