@@ -40,6 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Planned, Path]:
     return planned, folder
 
 
+@pytest.mark.slow
 def test_the_second_stage_learns_from_masks_of_networks_that_did_not_see_the_case(finished: tuple[Planned, Path]) -> None:
     planned, folder = finished
     steps, root = planned.dag.steps, folder / "out" / "steps"
@@ -65,6 +66,7 @@ def test_the_second_stage_learns_from_masks_of_networks_that_did_not_see_the_cas
     assert sorted(told) == sorted(cohort.train_ids)
 
 
+@pytest.mark.slow
 def test_the_published_model_holds_both_stages_and_repeats_the_study(finished: tuple[Planned, Path]) -> None:
     planned, folder = finished
     model = load_model(folder / "out/models/cascade-foldfull-seed0")
@@ -84,7 +86,7 @@ def test_the_published_model_holds_both_stages_and_repeats_the_study(finished: t
 def test_what_cannot_be_a_cascade_is_refused() -> None:
     for overlay, said in (
         ({"plan": {"stage": "cascade", "dims": 2}}, "3D configuration"),
-        ({"plan": {"stage": "cascade"}, "prepare": {"slice_crop": "reference"}}, "not to be had at test time"),
+        ({"plan": {"stage": "cascade"}, "prepare": {"slice_crop": "reference"}}, "test cases have no such crop"),
         ({"plan": {"stage": "cascade"}, "prepare": {"neighbour_slices": 1}}, "neighbour_slices"),
     ):
         with pytest.raises(InputError, match=said):

@@ -218,6 +218,23 @@ def test_learns_regions_that_overlap_with_and_without_an_ignore_label(ignore: in
         assert 2 * (found[head] & truth).sum() / (found[head].sum() + truth.sum()) > 0.5
 
 
+def test_the_second_stage_of_a_cascade_learns_from_the_first_ones_labels(tmp_path: Path) -> None:
+    """The image is noise and says nothing; the first stage's labels say nearly everything."""
+    cases = []
+    for case in blob_cases(6):
+        rng = np.random.default_rng(len(cases))
+        noise = rng.standard_normal(case.image_czyx.shape).astype(np.float32)
+        cases.append(replace(case, image_czyx=noise, previous_zyx=(case.labels_zyx > 0).astype(np.uint8)))
+    recipe = QUICK.model_copy(update={"epochs": 4, "iterations_per_epoch": 15, "validation_iterations": 4, "moving_average": 0.0})
+    result = train(cases, cases[:2], replace(SOLID, in_channels=2), NetworkRecipe(), recipe, 0, tmp_path / "both")
+    assert (result.pseudo_dice[0] or 0.0) > 0.85
+    alone = [replace(case, previous_zyx=None) for case in cases]
+    result = train(alone, alone[:2], SOLID, NetworkRecipe(), recipe, 0, tmp_path / "alone")
+    assert (result.pseudo_dice[0] or 0.0) < 0.6
+    with pytest.raises(InputError, match="the plan takes 1 channels; the cases have 1, and 1 labels of a first stage"):
+        train(cases, [], SOLID, NetworkRecipe(), recipe, 0, tmp_path / "wrong")
+
+
 def test_what_does_not_fit_the_labels_is_refused(tmp_path: Path) -> None:
     three = LabelRules(("a", "b"), (1, 2))
     regions = LabelRules(("whole", "core"), ((1, 2), (2,)), (1, 2))

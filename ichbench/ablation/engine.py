@@ -25,7 +25,7 @@ from ichbench.ablation.step import AGAIN, DONE, INTERRUPTED, is_finished, last_m
 #: prediction on a CPU; these settings keep them
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
 #: rough seconds per kind before anything is measured; only the ETA of the first steps depends on it
-FIRST_GUESS_S = {"prepare": 5.0, "train": 30.0, "predict": 5.0, "postprocess": 2.0, "score": 2.0}
+FIRST_GUESS_S = {"prepare": 5.0, "previous": 5.0, "train": 30.0, "predict": 5.0, "postprocess": 2.0, "score": 2.0}
 RETRIES = 1
 
 
