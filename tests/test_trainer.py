@@ -231,7 +231,7 @@ def test_the_second_stage_of_a_cascade_learns_from_the_first_ones_labels(tmp_pat
     alone = [replace(case, previous_zyx=None) for case in cases]
     result = train(alone, alone[:2], SOLID, NetworkRecipe(), recipe, 0, tmp_path / "alone")
     assert (result.pseudo_dice[0] or 0.0) < 0.6
-    with pytest.raises(InputError, match="the plan takes 1 channels; the cases have 1, and 1 labels of a first stage"):
+    with pytest.raises(InputError, match="the cases have 1 channels and 1 labels of a first stage; the plan takes 1"):
         train(cases, [], SOLID, NetworkRecipe(), recipe, 0, tmp_path / "wrong")
 
 
