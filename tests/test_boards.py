@@ -89,6 +89,19 @@ def test_arms_without_a_base_are_ranked(folder: Path, tmp_path: Path) -> None:
     assert len((tmp_path / "out/podium.csv").read_text().splitlines()) == 1 + 4 * 35 * 3
 
 
+def test_one_case_and_many_arms_say_what_they_cannot(tmp_path: Path) -> None:
+    write_scores(tmp_path / "one" / "scores.csv", study(n=1))
+    text = said("board", tmp_path / "one")
+    assert "One case: every resample is the same, so the ranks' intervals and P(rank 1) say nothing." in text
+    assert "nan" not in text.split("ranking:")[1]
+    write_scores(tmp_path / "many" / "scores.csv", study(tuple(f"arm{i}" for i in range(51)), n=3))
+    text = said("board", tmp_path / "many", "--resamples", "20", "--out", tmp_path / "out")
+    assert "Pairs are tested for up to 50 arms" in text
+    assert "test-then-rank" not in text
+    assert json.loads((tmp_path / "out/ranking.json").read_text())["pairs"] is None
+    assert "takes up to 50 arms; there are 51" in refused("board", tmp_path / "many", "--rank", "test-then-rank")
+
+
 def test_the_same_facts_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     rows = (folder / "scores.csv").read_text().splitlines(keepends=True)
     other = tmp_path / "other" / "scores.csv"
@@ -263,7 +276,7 @@ def test_wrong_files_never_make_a_board(folder: Path, change: object, words: str
 
 
 def test_a_file_twice_is_refused(folder: Path) -> None:
-    assert "already given in line 2" in refused("board", folder, folder / "scores.csv")
+    assert "is given twice" in refused("board", folder, folder / "scores.csv")
 
 
 # --- the worked example --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from scipy import stats
 
 from ichbench.board.cube import Cube, Prepared, Rule, prepare
 from ichbench.board.ranking import SCHEMES, TIES, Ties, rank_arms, rank_last, ranks_of_means, tied_by_bits, weighted_sums
-from ichbench.board.wins import holm, signed_rank_z
+from ichbench.board.wins import MANY_RESAMPLES, holm, signed_rank_z
 from ichbench.errors import InputError
 
 Array = NDArray[np.float64]
@@ -272,7 +272,10 @@ def test_signed_ranks_are_those_of_scipy(seed: int) -> None:
     for extreme in (math.inf, -math.inf, 0.0):
         differences[rng.random(n) < rng.choice([0.0, 0.2])] = extreme
     weights = np.stack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n))])
-    less, greater, counted = signed_rank_z(differences[None], np.ones((1, n), dtype=bool), weights)
+    ones = np.ones((1, n), dtype=bool)
+    less, greater, counted = signed_rank_z(differences[None], ones, weights)
+    many = signed_rank_z(differences[None], ones, np.tile(weights, (MANY_RESAMPLES // 2, 1)))
+    assert [found[:, :2].tolist() for found in many] == [less.tolist(), greater.tolist(), counted.tolist()]
     for r in range(2):
         pairs = np.repeat(differences, weights[r].astype(int))
         assert counted[0, r] == (pairs != 0).sum()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ichbench.board.grid import Grid, csv_of, heading, markdown_of, safe, shown_rank, text_of, wrapped
-from ichbench.board.rank_board import RankBoard, podium_rows
+from ichbench.board.rank_board import MOST_ARMS_IN_PAIRS, RankBoard, podium_rows
 from ichbench.board.resampling import LEVEL, rank_counts
 from ichbench.board.summary import ROUGH_BELOW_CASES
 from ichbench.board.wins import ALPHA
@@ -182,9 +182,11 @@ def _notes(board: RankBoard) -> list[str]:
     if len(taus):
         tau = f"median {_quantile(taus, 0.5):.2f}, 95 % of them in [{_quantile(taus, 0.025):.2f}, {_quantile(taus, 0.975):.2f}]"
         notes.append(f"Kendall's tau between this ranking and its resamples: {tau}")
-    if board.taus:
-        between = ", ".join(f"{one} / {two} {tau:.2f}" for (one, two), tau in board.taus.items())
+    between = ", ".join(f"{one} / {two} {tau:.2f}" for (one, two), tau in board.taus.items() if not math.isnan(tau))
+    if between:
         notes.append(f"Kendall's tau between schemes: {between}")
+    if board.pairs is None:
+        notes.append(f"Pairs are tested for up to {MOST_ARMS_IN_PAIRS} arms; which of these can be told apart is not said.")
     if board.pairs:
         units = f"{n} cases" if board.n_groups is None else f"{board.n_groups} groups"
         apart = [pair for pair in board.pairs if pair.separable]
@@ -196,7 +198,9 @@ def _notes(board: RankBoard) -> list[str]:
         )
     if board.n_groups is not None and "test-then-rank" in board.by_scheme:
         notes.append(f"test-then-rank takes the {n} cases as independent although they are {board.n_groups} groups, so it is too sure.")
-    if n < ROUGH_BELOW_CASES:
+    if n == 1:
+        notes.append("One case: every resample is the same, so the ranks' intervals and P(rank 1) say nothing.")
+    elif n < ROUGH_BELOW_CASES:
         notes.append(f"{n} cases: below {ROUGH_BELOW_CASES} all of this is rough.")
     return notes
 

@@ -84,7 +84,7 @@ def resampled_ranks(
     prepared: Prepared, scheme: Scheme, weights_rc: FloatArray, ties: Ties | None = None, final_ties: Ties = "min", threads: int = 2
 ) -> FloatArray:
     """The final ranks (r, a) of every resample, in blocks so that memory stays small; NumPy works outside Python's lock."""
-    step = max(1, BLOCK // max(1, len(prepared.metrics) * len(prepared.arms)))
+    step = max(1, min(-(-len(weights_rc) // threads), BLOCK // max(1, len(prepared.metrics) * len(prepared.arms))))
     blocks = [weights_rc[start : start + step] for start in range(0, len(weights_rc), step)]
 
     def ranks_of(block: FloatArray) -> FloatArray:

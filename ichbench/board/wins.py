@@ -16,8 +16,10 @@ from ichbench.board.cube import FloatArray, Prepared
 ALPHA = 0.05
 #: Below this many pairs that differ no test says that two arms are separable: an exact two-sided one could not reach 5 %.
 FEWEST_PAIRS = 6
-#: How many numbers are worked on at once.
-BLOCK = 1 << 21
+#: From this many resamples on, matrix products are faster than sorting.
+MANY_RESAMPLES = 16
+#: Products of matrices up to this size stay on the thread that asks for them; BLAS threads that wait for each other cost ten times more.
+SMALL_PRODUCT = 200_000
 
 
 def wins_mra(prepared: Prepared, weights_rc: FloatArray, alpha: float = ALPHA) -> FloatArray:
@@ -30,15 +32,10 @@ def wins_mra(prepared: Prepared, weights_rc: FloatArray, alpha: float = ALPHA) -
     winner_of = np.zeros((2 * len(first), n_arms))
     winner_of[np.arange(2 * len(first)), np.concatenate([first, second])] = 1.0
     for m in range(len(prepared.metrics)):
-        differences_pc, kept_pc = pair_differences(prepared, m, first, second)
-        step = max(1, BLOCK // max(1, differences_pc.size))
-        for start in range(0, len(weights_rc), step):
-            block = weights_rc[start : start + step]
-            z_less, z_greater, _ = signed_rank_z(differences_pc, kept_pc, block)
-            # lower is better, so the first of a pair wins where the differences are small
-            p = np.concatenate([_lower_tail(z_less), _lower_tail(-z_greater)], axis=0)
-            won = holm(p, axis=0) <= alpha
-            wins[m][start : start + step] = won.T.astype(float) @ winner_of
+        z_less, z_greater, _ = signed_rank_z(*pair_differences(prepared, m, first, second), weights_rc)
+        # lower is better, so the first of a pair wins where the differences are small
+        p = np.concatenate([_lower_tail(z_less), _lower_tail(-z_greater)], axis=0)
+        wins[m] = (holm(p, axis=0) <= alpha).T.astype(float) @ winner_of
     return wins
 
 
@@ -61,7 +58,21 @@ def signed_rank_z(
 
     A case drawn k times counts as k tied pairs. Where nothing differs the scores are 0 on the side of no evidence.
     """
-    counts = (differences_pc != 0) & kept_pc
+    sums = _by_products if len(weights_rc) >= MANY_RESAMPLES else _by_sorting
+    rank_sum, n, ties = sums(differences_pc, (differences_pc != 0) & kept_pc, weights_rc)
+    variance = n * (n + 1) * (2 * n + 1) / 24 - ties / 48
+    centred = rank_sum - n * (n + 1) / 4
+    spread = np.sqrt(np.where(variance > 0, variance, np.inf))
+    nothing = n == 0
+    return (
+        np.where(nothing, np.inf, (centred + 0.5) / spread),
+        np.where(nothing, -np.inf, (centred - 0.5) / spread),
+        n,
+    )
+
+
+def _by_sorting(differences_pc: FloatArray, counts: NDArray[np.bool_], weights_rc: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Sum of positive ranks, n, and the sum of t^3 - t over tied groups, each (p, r)."""
     size = np.where(counts, np.abs(differences_pc), -1.0)  # what does not count comes first, and never among infinite differences
     order = np.argsort(size, axis=1, kind="stable")
     sorted_size = np.take_along_axis(size, order, axis=1)
@@ -80,16 +91,37 @@ def signed_rank_z(
     tied = upto - before
     positive = np.take_along_axis(differences_pc > 0, order, axis=1)
     rank_sum = ((before + upto + 1) / 2 * weights_pcr * positive[:, :, None]).sum(axis=1)
-    n = cumulated[:, -1]
-    variance = n * (n + 1) * (2 * n + 1) / 24 - (weights_pcr * (tied * tied - 1)).sum(axis=1) / 48
-    centred = rank_sum - n * (n + 1) / 4
-    spread = np.sqrt(np.where(variance > 0, variance, np.inf))
-    nothing = n == 0
-    return (
-        np.where(nothing, np.inf, (centred + 0.5) / spread),
-        np.where(nothing, -np.inf, (centred - 0.5) / spread),
-        n,
-    )
+    return rank_sum, cumulated[:, -1], (weights_pcr * (tied * tied - 1)).sum(axis=1)
+
+
+def _by_products(
+    differences_pc: FloatArray, counts: NDArray[np.bool_], weights_rc: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The same numbers as `_by_sorting`, as quadratic forms in the weights: w' Q w, one matrix product per pair.
+
+    The rank of case i is the weight of the smaller differences, plus half that of the equal ones, plus a half. All of it is whole and
+    half numbers, which single precision holds exactly below 2**23.
+    """
+    kind = np.float32 if float(weights_rc.sum(axis=1).max()) ** 2 < 2**22 else np.float64
+    weights = np.ascontiguousarray(weights_rc, dtype=kind)
+    n = counts @ weights_rc.T
+    rank_sum = np.empty(n.shape)
+    ties = counts @ (weights_rc**3 - weights_rc).T  # where only a case that was drawn several times ties, with itself
+    for pair, (differences, count) in enumerate(zip(differences_pc, counts, strict=True)):
+        size = np.abs(differences)
+        equal = (size[None, :] == size[:, None]) & count[None, :] & count[:, None]
+        smaller = (size[None, :] < size[:, None]) & count[None, :]
+        form = (smaller + 0.5 * equal)[(differences > 0) & count].astype(kind)
+        positive = weights[:, (differences > 0) & count]
+        ranks = np.empty(positive.shape, dtype=kind)
+        step = max(1, SMALL_PRODUCT // max(1, form.size))
+        for start in range(0, len(weights), step):
+            np.matmul(weights[start : start + step], form.T, out=ranks[start : start + step])
+        rank_sum[pair] = (ranks * positive).sum(axis=1, dtype=np.float64) + positive.sum(axis=1) / 2
+        if equal.sum() > count.sum():
+            tied = weights_rc @ equal.T.astype(float)
+            ties[pair] = (weights_rc * (tied * tied - 1) * count).sum(axis=1)
+    return rank_sum, n, ties
 
 
 def two_sided_p(differences_pc: FloatArray, kept_pc: NDArray[np.bool_]) -> tuple[FloatArray, FloatArray]:

@@ -36,7 +36,7 @@ def board(
     ] = "refuse",
     infinite: Annotated[str, typer.Option(help="infinite values: exact, worst, drop, drop-case, or penalties hd=374")] = "exact",
     resamples: Annotated[int | None, typer.Option(min=1, help="resamples of the whole ranking (default 1000)")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the resamples")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="of the ranking's resamples")] = 0,
     cases: Annotated[Path | None, typer.Option(help="cases.csv with group, site, ... (default: the one beside the scores)")] = None,
     group: Annotated[
         str | None, typer.Option(help="column of cases.csv whose cases are resampled together (default: group); or none")

@@ -63,7 +63,7 @@ def read_lines(path: Path, header: Sequence[str], optional: bool = False) -> lis
                     )
                 lines.append(Line(reader.line_num, tuple(cells[place] for place in places)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{source} cannot be read as a table in UTF-8: {error}") from error
+        raise InputError(f"{source} cannot be read as a table in UTF-8: {error}. A spreadsheet is saved as CSV UTF-8 first") from error
     return lines
 
 
@@ -74,7 +74,7 @@ def columns_of(path: Path) -> tuple[str, ...]:
             first = stream.readline()
             return tuple(_split(first, _separator_of(first)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a table in UTF-8: {error}") from error
+        raise InputError(f"{path} cannot be read as a table in UTF-8: {error}. A spreadsheet is saved as CSV UTF-8 first") from error
 
 
 def number_of(text: str) -> float:

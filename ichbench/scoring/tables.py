@@ -192,7 +192,10 @@ def read_score_files(paths: Sequence[Path], known_metrics: bool = False) -> list
     rows: list[Score] = []
     seen: dict[tuple[str, ...], str] = {}
     repeated: list[str] = []
-    for source in map(Path, paths):
+    sources = [Path(path) for path in paths]
+    for source in sources:
+        if sum(other.resolve() == source.resolve() for other in sources) > 1:
+            raise InputError(f"{source} is given twice; give every table of scores once")
         lines = read_lines(source, HEADER)
         check_names(source, lines, range(5), HEADER, "fold and seed are '-' where there is none")
         if known_metrics:

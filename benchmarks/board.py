@@ -1,0 +1,133 @@
+"""Speed of rankings beside a plain pandas loop, in one run: `python benchmarks/board.py` prints a table.
+
+Work: bootstrap of the whole ranking over four metrics (Dice, HD with some infinite values, RVD, NSD), both aggregate schemes:
+mean-then-rank and rank-then-mean. Ours with two threads, and with the rank intervals, P(rank 1) and Kendall's tau to every resample,
+which the loop does not compute. The loop draws cases, takes means and ranks with pandas, one resample after the other; it is timed on
+fewer resamples and scaled, which the table says. Both get the same draws, and the final ranks must agree in every compared resample.
+challengeR (R, one metric at a time, GPL) is not installable here, so it is not in the table.
+
+    pip install . pandas && OMP_NUM_THREADS=1 python benchmarks/board.py [--out benchmarks/results/board.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import resource
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ichbench.board.cube import Cube, Prepared, prepare
+from ichbench.board.ranking import SCHEMES
+from ichbench.board.resampling import draw_weights, stability
+
+METRICS = ("dice", "hd", "rvd", "nsd")
+SIZES = ((13, 70, 1000), (50, 200, 1000), (1000, 100, 1000))
+#: Resamples that the pandas loop is timed on, by the number of arms.
+LOOPED = {13: 200, 50: 100, 1000: 10}
+AGGREGATE = ("mean-then-rank", "rank-then-mean")
+REPEATS = 3
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--seed", type=int, default=2022)
+    arguments.add_argument("--skip-peers", action="store_true", help="time ichbench alone")
+    arguments.add_argument("--tests", action="store_true", help="also time test-then-rank (50 arms x 200 cases: about half a minute)")
+    arguments.add_argument("--out", type=Path, help="write the table here as well")
+    given = arguments.parse_args()
+    lines = ["| arms x cases x metrics | resamples | scheme | ichbench s | pandas loop s | times |", "|---|---:|---|---:|---:|---:|"]
+    differing = 0
+    for n_arms, n_cases, resamples in SIZES:
+        values = drawn(n_arms, n_cases, given.seed)
+        names = tuple(map(str, range(n_arms))), tuple(map(str, range(n_cases)))
+        cube = Cube(METRICS, *names, values, np.zeros(values.shape, dtype=bool), (0,) * n_arms, (0,) * n_arms)
+        started = time.perf_counter()
+        ready, weights = prepare(cube), draw_weights(n_cases, resamples, given.seed)
+        preparing = time.perf_counter() - started
+        total = [preparing, 0.0]
+        size = f"{n_arms} x {n_cases} x {len(METRICS)}"
+        for name in AGGREGATE:
+            ours, ranks = timed(ready, name, weights)
+            total[0] += ours
+            theirs = ""
+            if not given.skip_peers:
+                n_looped = LOOPED[n_arms]
+                seconds, looped = pandas_loop(values, weights[:n_looped], name)
+                differing += int((looped != ranks[:n_looped]).any(axis=1).sum())
+                total[1] += seconds / n_looped * resamples
+                theirs = f"{seconds / n_looped * resamples:.1f}" + (f" (from {n_looped})" if n_looped < resamples else "")
+            times = f"{seconds / n_looped * resamples / ours:.0f}" if theirs else ""
+            lines.append(f"| {size} | {resamples} | {name} | {ours:.2f} | {theirs} | {times} |")
+        both = f"{total[1]:.1f} | {total[1] / total[0]:.0f}" if not given.skip_peers else " | "
+        lines.append(f"| {size} | {resamples} | both, with the draws | **{total[0]:.2f}** | {both} |")
+        if given.tests and n_arms <= 50:
+            seconds, _ = timed(ready, "test-then-rank", weights, repeats=1)
+            lines.append(f"| {size} | {resamples} | test-then-rank | {seconds:.2f} | | |")
+    lines.append("")
+    if not given.skip_peers:
+        lines.append(f"Resamples in which the two disagree about a rank: {differing}.")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    lines.append(f"Peak memory of the whole run {peak:.0f} MB. challengeR (R) is not installable here.")
+    cores = len(os.sched_getaffinity(0))
+    lines.append(f"{processor()}, {cores} cores, Python {platform.python_version()}, NumPy {np.__version__}; best of {REPEATS}.")
+    text = "\n".join(lines)
+    print(text)
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(f"# Boards: resampling a whole ranking\n\n{text}\n", encoding="utf-8")
+
+
+def drawn(n_arms: int, n_cases: int, seed: int) -> NDArray[np.float64]:
+    """Case difficulty plus arm quality plus noise, in the units of the metrics; one HD in 500 is infinite."""
+    rng = np.random.default_rng(seed)
+    quality, difficulty = rng.normal(0, 0.3, (4, n_arms, 1)), rng.normal(0, 1, (4, 1, n_cases))
+    raw = 1 / (1 + np.exp(-(1 + quality + difficulty + rng.normal(0, 0.5, (4, n_arms, n_cases)))))
+    values = np.stack([raw[0], 60 * (1 - raw[1]), 1 - raw[2], raw[3]])
+    values[1][rng.random((n_arms, n_cases)) < 0.002] = np.inf
+    return values
+
+
+def timed(ready: Prepared, name: str, weights_rc: NDArray[np.float64], repeats: int = REPEATS) -> tuple[float, NDArray[np.float64]]:
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        found = stability(ready, SCHEMES[name], weights_rc, threads=2)
+        best = min(best, time.perf_counter() - started)
+    return best, found.ranks_ra
+
+
+def pandas_loop(values_mac: NDArray[np.float64], weights_rc: NDArray[np.float64], name: str) -> tuple[float, NDArray[np.float64]]:
+    """One resample after the other, as one would write it: a frame per metric, cases in rows, arms in columns."""
+    import pandas as pd
+
+    frames = [pd.DataFrame(metric.T) for metric in values_mac]
+    ascending = [metric in ("hd", "rvd") for metric in METRICS]
+    found = []
+    started = time.perf_counter()
+    for row in weights_rc.astype(int):
+        drawn_cases = np.repeat(np.arange(len(row)), row)
+        total = 0
+        for frame, up in zip(frames, ascending, strict=True):
+            sample = frame.iloc[drawn_cases]
+            if name == "mean-then-rank":
+                total = total + sample.mean().rank(method="min", ascending=up)
+            else:
+                total = total + sample.rank(axis=1, method="min", ascending=up).mean()
+        found.append(total.round(9).rank(method="min").to_numpy())
+    return time.perf_counter() - started, np.array(found)
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
