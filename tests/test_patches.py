@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from ichbench.errors import InputError
 from ichbench.training.boxes import bounding_box, common_box, cut_into
 from ichbench.training.patches import (
-    PatchDraw,
     TrainingCase,
     TrainingWarning,
     choose_cases,
