@@ -53,8 +53,11 @@ def footprint(radius: float, dims: int) -> Mask:
     if dims == 2:
         points = np.arange(-radius, radius + 1)
         return np.asarray(points[:, None] ** 2 + points**2 <= radius**2)
-    points = np.linspace(-radius, radius, int(2 * radius + 1))
-    return np.asarray(points[:, None, None] ** 2 + points[:, None] ** 2 + points**2 <= radius * radius)
+    number = int(2 * radius + 1)
+    # not linspace: whether the outermost points belong to the ball hangs on the last bit; this, and the order of the sum, is
+    # scikit-image's
+    points = np.arange(number) * (2 * radius / (number - 1)) - radius
+    return np.asarray(points**2 + points[:, None] ** 2 + points[:, None, None] ** 2 <= radius * radius)
 
 
 def dilate(mask: Mask, shape: Mask) -> Mask:
