@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_killed_at_every_nth_file_operation() -> None:
-    command = [sys.executable, str(TESTS / "crash_harness.py"), "--every", str(max(1, 40 // ROUNDS)), "--random", str(ROUNDS)]
+    command = [sys.executable, str(TESTS / "crash_harness.py"), "--every", str(max(1, 50 // ROUNDS)), "--random", str(ROUNDS)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "every outcome is that of the unbroken run" in done.stdout
@@ -86,5 +86,5 @@ def test_killed_at_random_times(what: str, small_phantom: Path, tmp_path: Path) 
     common = ["--preset", str(tmp_path / "preset.toml"), "--device", "cpu", "--threads", "1"]
     base = [sys.executable, *commands[what], *common]
     assert subprocess.run([*base, "--out", str(tmp_path / "whole")], env=environment(), capture_output=True, check=False).returncode == 0
-    kill_and_finish([*base, "--out", str(tmp_path / "broken")], ROUNDS)
+    kill_and_finish([*base, "--out", str(tmp_path / "broken")], ROUNDS // 2)
     assert facts(tmp_path / "broken") == facts(tmp_path / "whole")

@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from ichbench.network.weights import load_weights, read_weights
 from ichbench.recipe import AugmentRecipe, EarlyStopping, NetworkRecipe, TrainingRecipe
 from ichbench.training import checkpoint as disk
 from ichbench.training import folder as training_folder
-from ichbench.training import trainer
+from ichbench.training import keeper, trainer
 from ichbench.training.checkpoint import load_checkpoint, places, read_checkpoint
 from ichbench.training.folder import Saving, TrainResult
 from ichbench.training.logs import MEASURED
@@ -71,6 +73,12 @@ def same(one: TrainResult, two: TrainResult) -> None:
     assert [getattr(one, name) for name in fields] == [getattr(two, name) for name in fields]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """An unbroken training; what is broken off must end like it."""
+    return learn(tmp_path_factory.mktemp("whole") / "out", saving=Saving(every_seconds=1e9))
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {"optimizer": "sgd", "learning_rate": 0.05},
@@ -95,9 +103,8 @@ def test_broken_off_anywhere_it_ends_with_the_same_bits(name: str, tmp_path: Pat
     same(whole, learn(out, saving=saving, **changes))
 
 
-def test_every_single_step_can_be_the_last(tmp_path: Path) -> None:
-    whole = learn(tmp_path / "whole")
-    for steps in range(1, 10):
+def test_every_single_step_can_be_the_last(whole: TrainResult, tmp_path: Path) -> None:
+    for steps in (1, 3, 4, 6, 8, 9):
         with pytest.raises(Killed):
             learn(tmp_path / str(steps), steps)
         same(whole, learn(tmp_path / str(steps)))
@@ -142,9 +149,8 @@ def test_early_stopping_counts_across_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_it_with_a_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_it_with_a_checkpoint(number: signal.Signals, whole: TrainResult, tmp_path: Path) -> None:
     before = signal.getsignal(number)
-    whole = learn(tmp_path / "whole")
 
     def tick(epoch: int, step: int, steps: int, loss: float) -> None:
         if (epoch, step) == (1, 2):
@@ -193,8 +199,7 @@ def flip(path: Path, at: float) -> None:
 
 @pytest.mark.parametrize("name", [disk.TENSORS, disk.STATE, disk.SUMS])
 @pytest.mark.parametrize("at", [0.0, 0.37, 1.0])
-def test_a_flipped_bit_is_seen_and_the_one_before_is_used(name: str, at: float, tmp_path: Path) -> None:
-    whole = learn(tmp_path / "whole")
+def test_a_flipped_bit_is_seen_and_the_one_before_is_used(name: str, at: float, whole: TrainResult, tmp_path: Path) -> None:
     newest, older = broken_off(tmp_path / "out")
     if (name, at) == (disk.SUMS, 1.0):
         at = 0.9  # the last byte is the line's end
@@ -204,8 +209,7 @@ def test_a_flipped_bit_is_seen_and_the_one_before_is_used(name: str, at: float, 
 
 
 @pytest.mark.parametrize("spoil", ["empty", "cut", "gone"])
-def test_a_lost_file_is_seen(spoil: str, tmp_path: Path) -> None:
-    whole = learn(tmp_path / "whole")
+def test_a_lost_file_is_seen(spoil: str, whole: TrainResult, tmp_path: Path) -> None:
     newest, _ = broken_off(tmp_path / "out")
     path = newest / disk.TENSORS
     {"empty": lambda: path.write_bytes(b""), "cut": lambda: path.write_bytes(path.read_bytes()[:-9]), "gone": path.unlink}[spoil]()
@@ -217,7 +221,7 @@ def snapshot(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def test_both_damaged_is_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
+def test_both_damaged_is_refused_and_nothing_is_deleted(whole: TrainResult, tmp_path: Path) -> None:
     newest, older = broken_off(tmp_path / "out")
     flip(newest / disk.TENSORS, 0.5)
     flip(older / disk.STATE, 0.5)
@@ -227,7 +231,7 @@ def test_both_damaged_is_refused_and_nothing_is_deleted(tmp_path: Path) -> None:
     assert newest.name in str(said.value)
     assert older.name in str(said.value)
     assert snapshot(tmp_path / "out") == before
-    same(learn(tmp_path / "whole"), learn(tmp_path / "out", overwrite=True))
+    same(whole, learn(tmp_path / "out", overwrite=True))
 
 
 def test_the_damaged_one_never_pushes_out_a_whole_one(tmp_path: Path) -> None:
@@ -243,8 +247,7 @@ def test_the_damaged_one_never_pushes_out_a_whole_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", ["torn", "ahead", "gone", "edited"])
-def test_the_log_is_what_the_checkpoint_says(spoil: str, tmp_path: Path) -> None:
-    whole = learn(tmp_path / "whole")
+def test_the_log_is_what_the_checkpoint_says(spoil: str, whole: TrainResult, tmp_path: Path) -> None:
     broken_off(tmp_path / "out", 8)
     path = tmp_path / "out/log.jsonl"
     text = path.read_text()
@@ -274,8 +277,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, when: Callable[[str], bool], numb
 
 
 @pytest.mark.parametrize("name", [disk.TENSORS, disk.STATE, disk.SUMS])
-def test_a_full_disk_leaves_the_one_before(name: str, tmp_path: Path) -> None:
-    whole, out = learn(tmp_path / "whole"), tmp_path / "out"
+def test_a_full_disk_leaves_the_one_before(name: str, whole: TrainResult, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     newest, older = broken_off(out)
     before = snapshot(newest) | snapshot(older)
     with pytest.MonkeyPatch.context() as patch:
@@ -287,8 +290,8 @@ def test_a_full_disk_leaves_the_one_before(name: str, tmp_path: Path) -> None:
     same(whole, learn(out))
 
 
-def test_a_full_disk_at_the_log_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, out = learn(tmp_path / "whole"), tmp_path / "out"
+def test_a_full_disk_at_the_log_and_at_the_end(whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
     for target in ("final.safetensors", "best.json", "training.json"):
         broken_off(out)
         with monkeypatch.context() as patch:
@@ -345,16 +348,16 @@ def test_changed_voxels_are_refused(tmp_path: Path) -> None:
         learn(tmp_path, cases=cases)
 
 
-def test_even_before_the_first_checkpoint(tmp_path: Path) -> None:
+def test_even_before_the_first_checkpoint(whole: TrainResult, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         learn(tmp_path, 1)
     assert not places(tmp_path / "checkpoints")
     with pytest.raises(InputError, match="seed was 0, is 1"):
         learn(tmp_path, seed=1)
-    same(learn(tmp_path / "whole"), learn(tmp_path))
+    same(whole, learn(tmp_path))
 
 
-def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
+def test_a_finished_training_is_not_trained_again(whole: TrainResult, tmp_path: Path) -> None:
     first = learn(tmp_path)
     before = snapshot(tmp_path)
     again = learn(tmp_path, stop_after=1)  # would raise at its first step
@@ -363,7 +366,7 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
     (tmp_path / "final.safetensors").write_bytes(b"other")
     with pytest.raises(InputError, match=r"final\.safetensors is not what the training wrote"):
         learn(tmp_path)
-    same(learn(tmp_path / "whole"), learn(tmp_path, overwrite=True))
+    same(whole, learn(tmp_path, overwrite=True))
 
 
 def test_weights_that_nothing_is_known_of_are_not_overwritten(tmp_path: Path) -> None:
@@ -374,8 +377,7 @@ def test_weights_that_nothing_is_known_of_are_not_overwritten(tmp_path: Path) ->
     learn(tmp_path, overwrite=True)
 
 
-def test_a_damaged_mark(tmp_path: Path) -> None:
-    whole = learn(tmp_path / "whole")
+def test_a_damaged_mark(whole: TrainResult, tmp_path: Path) -> None:
     broken_off(tmp_path / "out")
     mark = tmp_path / "out/training.json"
     mark.write_text(mark.read_text().replace('"seed": 0', '"seed": 8'))
@@ -444,8 +446,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         learn(tmp_path / "out")
 
 
-def test_another_torch_is_said_and_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = learn(tmp_path / "whole")
+def test_another_torch_is_said_and_allowed(whole: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_off(tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.99.0")
@@ -481,6 +482,63 @@ def test_times_add_up(tmp_path: Path) -> None:
     total = sum(json.loads(line)["seconds"] for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert at.seconds < result.seconds
     assert result.seconds >= total - 0.01
+
+
+def test_the_mean_loss_is_that_of_the_epochs_own_steps(tmp_path: Path) -> None:
+    seen: dict[int, list[float]] = {}
+    recipe = QUICK.model_copy(update={"epochs": 3})
+    given = (blob_cases(2), [], SOLID, NetworkRecipe(), recipe, 0, tmp_path)
+    trainer.train(*given, tick=lambda epoch, step, steps, loss: seen.setdefault(epoch, []).append(loss))
+    assert [line["train_loss"] for line in kept_lines(tmp_path)] == [sum(losses) / 3 for losses in seen.values()]
+
+
+def test_what_lies_ahead_of_the_one_that_was_used_goes(tmp_path: Path) -> None:
+    """The newest is damaged and the next one lies before it: the two that are kept are the two whole ones."""
+    with pytest.raises(Killed):
+        learn(tmp_path, 7, Saving(every_steps=2))
+    flip(places(tmp_path / "checkpoints")[0] / disk.STATE, 0.5)
+    assert [place.name for place in places(tmp_path / "checkpoints")] == ["000001-000003", "000001-000001"]
+    with pytest.warns(TrainingWarning, match="is damaged"), pytest.raises(Killed):
+        learn(tmp_path, 2)
+    assert [place.name for place in places(tmp_path / "checkpoints")] == ["000001-000002", "000001-000001"]
+
+
+def test_checkpoints_say_what_they_are_of(tmp_path: Path) -> None:
+    broken_off(tmp_path)
+    (tmp_path / "training.json").unlink()
+    with pytest.raises(InputError, match="checkpoints belongs to another training") as said:
+        learn(tmp_path, seed=1)
+    assert "seed was 0, is 1" in str(said.value)
+
+
+def test_a_training_that_stopped_early_can_be_extended(tmp_path: Path) -> None:
+    changes = {"learning_rate": 1e-12, "iterations_per_epoch": 1, "early_stopping": EarlyStopping(patience_epochs=3)}
+    first = learn(tmp_path, epochs=12, **changes)
+    assert first.stopped_early
+    assert learn(tmp_path, epochs=13, extend=True, **changes).epochs == first.epochs + 1
+
+
+@pytest.mark.parametrize(("every_s", "cost_s", "expected"), [(10, 0.0, 10), (10, 0.5, 2), (0, 0.0, 100), (1e9, 0.0, 0)])
+def test_checkpoints_come_by_the_clock_and_cost_a_hundredth(
+    every_s: float, cost_s: float, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred steps of a second each: one every ten seconds; every fifty after the first where writing takes half a second."""
+    clock = [0.0]
+    written: list[float] = []
+
+    def save(*_: Any) -> None:
+        clock[0] += cost_s
+        written.append(clock[0])
+
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(keeper, "save_checkpoint", save)
+    run = SimpleNamespace(at=Position(step=1), saved=lambda: ({}, {}))
+    held = keeper.Keeper(tmp_path, Saving(every_seconds=every_s), {}, threading.Event())
+    for _ in range(100):
+        clock[0] += 1.0
+        held.after_step(run)  # type: ignore[arg-type]
+    assert len(written) == pytest.approx(expected, abs=1)
+    assert run.at.seconds <= clock[0]
 
 
 def test_a_position_survives_json() -> None:
