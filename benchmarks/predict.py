@@ -138,7 +138,7 @@ def alone(given: argparse.Namespace, features: int) -> Iterator[str]:
             sides[f"nnU-Net {peer_version()}"] = their_network(plan, network)
         best, answers = timed({name: lambda side=side: side(x).numpy() for name, side in sides.items()}, given.repeats)  # type: ignore[misc]
     base, spread = best[list(best)[-1]], float(answers[DIRECT].std())
-    yield "| network on one patch | seconds | nnU-Net / side | largest difference of logits to ours by direct convolutions, over their spread |"
+    yield "| network on one patch | seconds | nnU-Net / side | largest difference of logits to our direct ones / spread |"
     yield "|---|---|---|---|"
     for name, seconds in best.items():
         yield f"| {name} | {seconds:.2f} | {base / seconds:.2f} | {float(np.abs(answers[name] - answers[DIRECT]).max()) / spread:.1e} |"
