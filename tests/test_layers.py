@@ -138,7 +138,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "rank_render",
         "published_render",
     ),
-    "ablation": ("study", "folds", "dag", "step", "preload", "engine", "settings", "facts", "run", "single", "recheck"),
+    "ablation": ("study", "folds", "dag", "stages", "step", "preload", "engine", "settings", "facts", "run", "single", "recheck"),
     "progress": (),
     "commands": ("named", "models", "plans", "boards", "effects", "training"),
     "cli": (),

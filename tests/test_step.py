@@ -207,12 +207,12 @@ def test_a_killed_training_step_goes_on_in_the_next_attempt(small_phantom: Path,
     made, drawn = trainer.make_batch, list[int]()
 
     def dies_at(last: int) -> None:
-        def batch(cases: object, sampling: object, stream: int, step: int) -> object:
+        def batch(cases: object, sampling: object, stream: int, step: int, *where: object) -> object:
             if stream == trainer.TRAIN_STREAM:
                 drawn.append(step)
                 if step == last:
                     raise Killed
-            return made(cases, sampling, stream, step)  # type: ignore[arg-type]
+            return made(cases, sampling, stream, step, *where)  # type: ignore[arg-type]
 
         monkeypatch.setattr(trainer, "make_batch", batch)
 
@@ -251,7 +251,7 @@ def test_an_interrupted_training_step_keeps_its_state(small_phantom: Path, tmp_p
     def interrupted(cases: object, sampling: object, stream: int, step: int) -> object:
         if stream == trainer.TRAIN_STREAM and step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return made(cases, sampling, stream, step)  # type: ignore[arg-type]
+        return made(cases, sampling, stream, step, *where)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "make_batch", interrupted)

@@ -297,7 +297,7 @@ def sources_digest(kind: Kind) -> str:
         seen[name] = source
         queue += _imports(source)
     # the glue between stages and files; not its imports, which are all of ichbench
-    glue = Path(sys.modules[__name__].__file__ or "").with_name("step.py").read_bytes()
+    glue = Path(sys.modules[__name__].__file__ or "").with_name("stages.py").read_bytes()
     text = "".join(f"{name} {hashlib.sha256(seen[name]).hexdigest()}\n" for name in sorted(seen))
     return hashlib.sha256(text.encode() + glue).hexdigest()
 

@@ -25,7 +25,7 @@ from ichbench.ablation.facts import model_json
 from ichbench.ablation.folds import Part, training_part
 from ichbench.ablation.run import open_cohort, phantom_cohort
 from ichbench.ablation.settings import PHANTOM
-from ichbench.ablation.step import STAGES, Task, train_stage
+from ichbench.ablation.stages import STAGES, Task, train_stage
 from ichbench.ablation.study import RunDefaults, Study
 from ichbench.arms import Arm, load_arm
 from ichbench.cases.cohort import Cohort
