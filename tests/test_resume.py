@@ -126,10 +126,10 @@ def test_it_goes_on_and_does_not_begin_anew(tmp_path: Path, monkeypatch: pytest.
     steps: list[int] = []
     made = trainer.make_batch
 
-    def counted(cases: Any, sampling: Any, stream: int, step: int) -> Any:
+    def counted(cases: Any, sampling: Any, stream: int, step: int, *where: Any) -> Any:
         if stream == trainer.TRAIN_STREAM:
             steps.append(step)
-        return made(cases, sampling, stream, step)
+        return made(cases, sampling, stream, step, *where)
 
     monkeypatch.setattr(trainer, "make_batch", counted)
     learn(tmp_path)
@@ -170,10 +170,10 @@ def test_a_signal_during_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     whole = learn(tmp_path / "whole", validation_iterations=3)
     made, rare = trainer.make_batch, Saving(every_seconds=1e9)
 
-    def interrupted(cases: Any, sampling: Any, stream: int, step: int) -> Any:
+    def interrupted(cases: Any, sampling: Any, stream: int, step: int, *where: Any) -> Any:
         if stream == trainer.VALIDATION_STREAM and step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return made(cases, sampling, stream, step)
+        return made(cases, sampling, stream, step, *where)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "make_batch", interrupted)

@@ -248,7 +248,7 @@ def test_an_interrupted_training_step_keeps_its_state(small_phantom: Path, tmp_p
     folder = training_step(small_phantom, tmp_path / "steps", tmp_path / "preset.toml")
     made = trainer.make_batch
 
-    def interrupted(cases: object, sampling: object, stream: int, step: int) -> object:
+    def interrupted(cases: object, sampling: object, stream: int, step: int, *where: object) -> object:
         if stream == trainer.TRAIN_STREAM and step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return made(cases, sampling, stream, step, *where)  # type: ignore[arg-type]
