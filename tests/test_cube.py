@@ -153,6 +153,11 @@ def test_worst_is_worse_than_infinite() -> None:
     differences, kept = pair_differences(ready, 0, first, second)
     assert differences.tolist() == [[-INF, 0.0], [INF, 0.0], [INF, 0.0]]
     assert kept.all()
+    both = rows_of({"a": {"hd": {"c1": NAN, "c2": INF}}, "b": {"hd": {"c1": NAN, "c2": INF}}, "c": {"hd": {"c1": 2.0, "c2": 1.0}}})
+    twice = prepare(cube_of_rows(both, ("hd",)), Rule("worst"))
+    assert pair_differences(twice, 0, first, second)[0].tolist() == [[0.0, 0.0], [INF, INF], [INF, INF]]
+    gone = pair_differences(prepare(cube_of_rows(both, ("hd",)), Rule("drop")), 0, first, second)[1]
+    assert gone.tolist() == [[False, True]] * 3
 
 
 def test_what_says_nothing_about_anybody_is_left_out() -> None:

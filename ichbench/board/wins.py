@@ -40,14 +40,14 @@ def wins_mra(prepared: Prepared, weights_rc: FloatArray, alpha: float = ALPHA) -
 
 
 def pair_differences(prepared: Prepared, m: int, first: NDArray[np.intp], second: NDArray[np.intp]) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """first - second per pair and case, and where both count. A worst cell is worse than inf; two of them, and two inf, are equal."""
+    """first - second per pair and case, and where both count. A worst cell (0 in `lower_mac`) is worse than inf; two of them, and two inf,
+    are equal."""
     lower, worst, kept = prepared.lower_mac[m], prepared.worst_mac[m], prepared.kept_mac[m]
     with np.errstate(invalid="ignore"):
         differences = lower[first] - lower[second]
     differences[np.isnan(differences)] = 0.0  # inf - inf
     differences = np.where(worst[first] & ~worst[second], np.inf, differences)
     differences = np.where(worst[second] & ~worst[first], -np.inf, differences)
-    differences = np.where(worst[second] & worst[first], 0.0, differences)
     return differences, kept[first] & kept[second]
 
 
