@@ -33,6 +33,7 @@ LEVEL = 0.95
 #: Columns and resamples that are held at once; bounds the memory.
 COLUMNS_AT_ONCE = 256
 COUNTS_AT_ONCE = 4_000_000
+DRAWS = 20_000_000
 
 METHOD_TEXT: dict[Method, str] = {
     "outer": "wider of t-based and expanded percentile at each end",
@@ -64,6 +65,11 @@ def unit_sums(values: FloatArray, clusters: Sequence[str] | None = None) -> tupl
     with np.errstate(invalid="ignore"):  # inf - inf within a cluster is nan, as it should be
         np.add.at(sums, place, values)
     return sums, np.bincount(place, minlength=n_units).astype(np.float64)
+
+
+def affordable(resamples: int, n_units: int) -> int:
+    """`resamples`, or what DRAWS allows (2,000 for 10,000 units, never below 1,000): with so many units all methods agree anyway."""
+    return min(resamples, max(1000, DRAWS // max(n_units, 1)))
 
 
 def draw_units(n_units: int, resamples: int, rng: np.random.Generator) -> IntArray:
