@@ -103,7 +103,7 @@ def test_a_a_studies_and_planted_effects_on_the_phantom_spread(honesty: ModuleTy
     population = honesty.populations()[0]
     rng = np.random.default_rng(1)
     differences = honesty.shuffled_studies(population, n, 400, rng)
-    verdicts, unadjusted, _ = honesty.verdicts_of(differences)
+    verdicts, unadjusted = honesty.verdicts_of(differences)
     assert np.mean((verdicts != 0).any(axis=1)) <= 0.085
     assert np.mean((unadjusted != 0).any(axis=1)) > np.mean((verdicts != 0).any(axis=1))
     planted = honesty.detectable(honesty.exchangeable_sd(population.scores) / math.sqrt(n), n, 4)
