@@ -213,7 +213,7 @@ def _mean_interval(metric: str, values: Sequence[float]) -> tuple[float, float]:
 
     from ichbench.board.summary import DEFAULT_RESAMPLES, generator_for, mean_interval, within_range
 
-    resamples = max(100, min(DEFAULT_RESAMPLES, 20_000_000 // max(len(values), 1)))  # bounds the memory: all draws are held at once
+    resamples = max(100, min(DEFAULT_RESAMPLES, 5_000_000 // max(len(values), 1)))  # bounds the memory: all draws are held at once
     return within_range(metric, mean_interval(np.array(values), generator_for(0, metric), resamples), values)
 
 

@@ -134,7 +134,11 @@ def test_columns_do_not_touch_each_other() -> None:
         lower, upper = mean_intervals(values, np.ones(12), draws, method)
         for column in (0, 7, 8, 9, 255, 256, 599):
             alone = mean_intervals(values[:, [column]], np.ones(12), draws, method)
-            np.testing.assert_array_equal([lower[column], upper[column]], [alone[0][0], alone[1][0]])
+            found, expected = [lower[column], upper[column]], [alone[0][0], alone[1][0]]
+            if method in ("bca", "bootstrap-t"):
+                np.testing.assert_allclose(found, expected, rtol=1e-12)
+            else:
+                np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,7 +16,7 @@ from ichbench.board.effects import Claim, Effect, Estimate, effects_of_table, re
 from ichbench.board.factorial import FactorEffect, factorial_effects
 from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, Method
 from ichbench.board.render import effect_notes
-from ichbench.board.strata import KINDS, Cases, StratumEffect, strata_effects
+from ichbench.board.strata import KINDS, Cases, StratumEffect, differing_strata, strata_effects
 from ichbench.board.summary import DEFAULT_METRICS, ROUGH_BELOW_CASES, CaseTable, Clusters, case_table, sample_sd
 from ichbench.board.words import (
     TEXT_WIDTH,
@@ -229,6 +229,10 @@ def _notes(report: Report) -> list[str]:
         )
     if report.strata:
         notes.append("strata: Holm over all arms in all strata of a kind; a case with subtypes a+b counts in both.")
+        notes += [
+            f"{arm} is better in one stratum of {kind} and worse in another ({metric})."
+            for kind, arm, metric in differing_strata(report.strata)
+        ]
     return notes
 
 

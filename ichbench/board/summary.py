@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ichbench.board.intervals import DEFAULT_METHOD, Method, draw_units, mean_intervals, quantile_interval, unit_sums
+from ichbench.board.intervals import DEFAULT_METHOD, Method, affordable, draw_units, mean_intervals, quantile_interval, unit_sums
 from ichbench.board.intervals import DEFAULT_RESAMPLES as DEFAULT_RESAMPLES
 from ichbench.board.intervals import LEVEL as LEVEL
 from ichbench.board.intervals import FloatArray as FloatArray
@@ -214,7 +214,7 @@ def intervals_of(
             continue
         kept = None if its_units is None else [name for name, there in zip(its_units, defined, strict=True) if there]
         sums, sizes = unit_sums(np.stack([columns[index][defined] for index in members], axis=1), kept)
-        draws = draw_units(len(sums), resamples, generator_for(seed, str(len(sums))))
+        draws = draw_units(len(sums), affordable(resamples, len(sums)), generator_for(seed, str(len(sums))))
         lower, upper = mean_intervals(sums, sizes, draws, method)
         for place, index in enumerate(members):
             found[index] = float(lower[place]), float(upper[place])

@@ -18,7 +18,7 @@ def effects(
     by: Annotated[str | None, typer.Option(help="strata, such as volume,subtype,site; or none (default: all that cases.csv has)")] = None,
     margin: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE: what counts as equivalent")] = None,
     interval: Annotated[str, typer.Option(help="outer, t, percentile, expanded, bca, bootstrap-t")] = "outer",
-    resamples: Annotated[int, typer.Option(min=1, help="bootstrap resamples")] = 2000,
+    resamples: Annotated[int, typer.Option(min=1, help="bootstrap resamples")] = 10_000,
     out: Annotated[Path | None, typer.Option(help="write effects.csv and effects.md here")] = None,
 ) -> None:
     """Did an arm help? Differences to the base with intervals, p, strata, factors and learning curves, from score rows alone."""
