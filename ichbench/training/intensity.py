@@ -19,6 +19,8 @@ from ichbench.training.straight import LinearStep, interpolate
 
 #: below this a range or a spread counts as this, as in nnU-Net
 TINY = 1e-7
+#: far above the smallest numbers of float32, with which computing is slow
+SMALL = 1e-35
 #: a mean square this many times the variance is too far from 0 to subtract the mean's square from it in float32
 FAR = 1e3
 #: voxels worked on at once on a CPU
@@ -108,11 +110,15 @@ def change_gamma(volume: Tensor, exponent: float, inverted: bool) -> None:
     low, high = torch.aminmax(volume)
     mean, old = _moments(volume)
     width = (high - low).double()
-    # powers are taken as 2^(exponent log2 v), six times faster than pow; 0 becomes 2^-inf = 0
+    # powers are taken as 2^(exponent log2 v), six times faster than pow
     start = _known(high if inverted else -low)
     octaves = _known(width.clamp(min=TINY).log2() * -exponent)
+    # the logarithm of 0 is ten times slower than others, and a clipped CT is full of it: a number whose power is still
+    # nothing (2^-80 of the range) stands for it, where float32 has one
+    least = _known((width * 2 ** (-80 / exponent)).clamp(min=SMALL)) if 80 / exponent < 110 else 0.0
     for block in _blocks(volume):
-        _scale(_scale(block, -1 if inverted else 1, start).log2_(), exponent, octaves).exp2_()
+        raised = _scale(block, -1 if inverted else 1, start)
+        _scale(raised.clamp_(min=least).log2_(), exponent, octaves).exp2_()
     now, spread = _moments(volume)
     # the power's standard deviation is in units of the range
     factor = width * old / (width * spread).clamp(min=TINY) * (-1 if inverted else 1)

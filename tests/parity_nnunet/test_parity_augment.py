@@ -104,7 +104,7 @@ def test_intensities_with_the_same_numbers(patch: tuple[int, ...], name: str, fr
 @pytest.mark.parametrize("patch", PATCHES)
 def test_turned_patches_with_the_same_numbers(patch: tuple[int, ...], fresh_seed: int) -> None:
     """nnU-Net's boxes cut by its loader at our corner, its spatial and mirror transforms fed with our angles, scale and axes:
-    images within 4e-4 (of values up to 5), labels equal but where scores tie within half precision (under 1 in 300)."""
+    images within 4e-4 (of values up to 5), labels equal but where scores tie within half precision (under 1 in 2000; 3 of 4.4 million were seen)."""
     from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
     from batchgeneratorsv2.transforms.spatial.spatial import create_affine_matrix_2d, create_affine_matrix_3d
 
@@ -145,7 +145,7 @@ def test_turned_patches_with_the_same_numbers(patch: tuple[int, ...], fresh_seed
         other = data["segmentation"][0].long()
         mine = truth[0] if len(patch) == 2 else truth
         voxels, differing = voxels + other.numel(), differing + int((mine != other).sum())
-    assert differing <= voxels / 300, f"{differing} of {voxels} labels differ, seed {fresh_seed}"
+    assert differing <= voxels / 2000, f"{differing} of {voxels} labels differ, seed {fresh_seed}"
 
 
 def spatial_parameters(transform: Any, shape: Any, affine: Any) -> dict[str, Any]:
