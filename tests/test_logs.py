@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -27,6 +28,7 @@ from ichbench.training.logs import (
     scalars,
     trackers,
 )
+from ichbench.training.patches import TrainingWarning
 
 ABOUT = {"epoch": 3, "epochs": 10, "train_loss": -0.5, "val_loss": -0.25, "pseudo_dice": [0.75, None], "moving_average": 0.7}
 ABOUT |= {"learning_rate": 0.01}
@@ -171,3 +173,29 @@ def test_trackers_get_every_number_and_are_closed(tmp_path: Path, monkeypatch: p
     ((values, step),) = [item for item in seen if isinstance(item, tuple) and isinstance(item[0], dict)]
     assert (values["pseudo_dice_1"], step) == (0.75, 3)
     assert seen[-2:] == ["end", "close"]
+
+
+def test_a_tracker_that_fails_does_not_end_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def gone(values: object, step: int) -> None:
+        calls.append(step)
+        raise ConnectionError("the server is gone")
+
+    flow = ModuleType("mlflow")
+    flow.start_run = lambda run_name: contextlib.nullcontext()  # type: ignore[attr-defined]
+    flow.log_metrics = gone  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", flow)
+    with trackers(["mlflow"], tmp_path, "a") as (sink,):
+        with pytest.warns(TrainingWarning, match=r"--log mlflow failed \(the server is gone\); the training goes on"):
+            sink(line())
+        sink(line())
+    assert calls == [3]
+
+    def refuse(run_name: str) -> None:
+        raise RuntimeError("a store of another kind is wanted\nand so on")
+
+    flow.start_run = refuse  # type: ignore[attr-defined]
+    said = "--log mlflow: does not open: a store of another kind is wanted; see"
+    with pytest.raises(InputError, match=said), trackers(["mlflow"], tmp_path, "a"):
+        pass

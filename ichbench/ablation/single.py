@@ -83,7 +83,10 @@ class Job:
 
 
 def plan_fold(wanted: Wanted) -> Job:
-    """Resolve recipe, cohort and split. Raises InputError for what cannot be trained; nothing but an embedded phantom is written."""
+    """Resolve recipe, cohort and split; nothing but an embedded phantom is written.
+
+    Raises InputError for what cannot be trained, and for a folder of another training, with the differences by key.
+    """
     arm = load_arm(wanted.arm, wanted.preset)
     if arm.recipe.inference.predictor != "unet":
         raise InputError(f"--recipe {wanted.arm}: its predictor is {arm.recipe.inference.predictor!r}, which needs no training")
@@ -100,7 +103,10 @@ def plan_fold(wanted: Wanted) -> Job:
     part = training_part(cohort, wanted.fold)
     device = wanted.device.split(":")[0]
     steps = fold_steps(arm, cohort, part, wanted.fold, wanted.seed, device, wanted.threads, wanted.protocol)
-    return Job(wanted, arm, cohort, part, steps, _weights_of(wanted.pretrained))
+    job = Job(wanted, arm, cohort, part, steps, _weights_of(wanted.pretrained))
+    if not wanted.overwrite:
+        _refuse_other(wanted.out, _identity(job))
+    return job
 
 
 def train_fold(job: Job, sinks: Sequence[Callable[[dict[str, Any]], None]] = (), **options: Any) -> Fold:
@@ -118,8 +124,6 @@ def train_fold(job: Job, sinks: Sequence[Callable[[dict[str, Any]], None]] = (),
         team.wait()
         training = train_stage(_task(job, "train", {"prepare": out / "prepared"}, out), **_options(job, options))["training"]
         return Fold(training, (), ())
-    if not wanted.overwrite:
-        _refuse_other(out, identity)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock", timeout=0)

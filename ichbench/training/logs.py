@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TextIO
 
 from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
+from ichbench.training.patches import TrainingWarning
 
 Sink = Callable[[dict[str, Any]], None]
 #: (epoch, step of it that was just done, steps of an epoch, loss) during an epoch
@@ -244,14 +246,40 @@ TRACKERS: dict[str, Callable[[Path, str], contextlib.AbstractContextManager[Sink
 
 @contextlib.contextmanager
 def trackers(names: Iterable[str], out: Path, name: str) -> Iterator[list[Sink]]:
-    """The sinks that `names` ask for, closed at the end. InputError for an unknown or uninstalled one."""
+    """The sinks that `names` ask for, closed at the end. InputError for one that is unknown, not installed, or does not open.
+
+    One that fails later (a server that is gone) is left with a TrainingWarning: the training goes on, and log.jsonl has every line.
+    """
     with contextlib.ExitStack() as stack:
         sinks = []
         for which in dict.fromkeys(names):
             if which not in TRACKERS:
                 raise InputError(f"--log {which!r} is not known; give {' or '.join(TRACKERS)}")
-            sinks.append(stack.enter_context(TRACKERS[which](out, name)))
+            try:
+                sink = stack.enter_context(TRACKERS[which](out, name))
+            except InputError:
+                raise
+            except Exception as error:  # whatever a tracker raises: a server that does not answer, a store it does not want
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                raise InputError(f"--log {which}: does not open: {said}; see to it, or train without it") from None
+            sinks.append(_forgiving(sink, which))
         yield sinks
+
+
+def _forgiving(sink: Sink, which: str) -> Sink:
+    failed: list[Exception] = []
+
+    def show(line: dict[str, Any]) -> None:
+        if failed:
+            return
+        try:
+            sink(line)
+        except Exception as error:
+            failed.append(error)
+            said = f"--log {which} failed ({error}); the training goes on without it, and log.jsonl has every line"
+            warnings.warn(said, TrainingWarning, stacklevel=2)
+
+    return show
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
