@@ -103,8 +103,8 @@ def headings(studies: int) -> dict[str, str]:
         "power": f"## Planted effects\n\nOne arm is better by the stated detectable difference; stated power {POWER:.0%}.\n\n"
         "| population | n | arms | planted (Dice) | found | called worse |\n| --- | ---: | ---: | ---: | ---: | ---: |",
         "coverage": f"## Coverage of the 95 % intervals\n\nThe default is `{DEFAULT_METHOD}`. It and `t` are of {studies} studies, the "
-        f"others of {studies // PEERS}. Asked for: 93 to 97 % from n = 30 on. `!`: outside. `lone case`: one case makes more than half of the "
-        "variance, and a study that does not draw it cannot know of it.\n\n"
+        f"others of {studies // PEERS}. Asked for: 93 to 97 % from n = 30 on. `!`: outside. `lone case`: one case makes more than half of "
+        "the variance, and a study that does not draw it cannot know of it.\n\n"
         f"| population | mean of | n | {' | '.join(METHODS)} |\n| --- | --- | ---: |" + " ---: |" * len(METHODS),
         "clusters": f"## Several scans of one patient\n\nPatients are drawn, each with all scans ({max(200, studies // 10)} studies, "
         f"{FEW_RESAMPLES} resamples). Copies: every scan of the population three times.\n\n"

@@ -106,6 +106,11 @@ def test_verdicts_from_interval_and_p() -> None:
     assert verdict_of(estimate(0.001, 0.002), "higher", 0.01) == "better"  # small, and there
 
 
+def test_a_verdict_needs_the_adjusted_p_and_not_only_its_own() -> None:
+    e = Estimate(0.15, 0.1, 0.2, 30, 0, 30, 1.0, 0.02, 0.08, 0.1)  # p, then Holm's
+    assert verdict_of(e, "higher") == "not separable"
+
+
 def test_margins_are_taken_by_full_name_then_bare_name_and_checked() -> None:
     assert margin_of("dice") == margin_of("dice/2") == 0.01
     assert margin_of("hd95") is None
