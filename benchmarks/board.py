@@ -40,41 +40,41 @@ def main() -> None:
     arguments.add_argument("--tests", action="store_true", help="also time test-then-rank (50 arms x 200 cases: about half a minute)")
     arguments.add_argument("--out", type=Path, help="write the table here as well")
     given = arguments.parse_args()
-    lines = ["| arms x cases x metrics | resamples | scheme | ichbench s | pandas loop s | times |", "|---|---:|---|---:|---:|---:|"]
+    header = ("arms x cases x metrics", "resamples", "scheme", "ichbench s", "of CPU", "pandas loop s", "of CPU", "times in CPU")
+    lines = ["| " + " | ".join(header) + " |", "|---|---:|---|---:|---:|---:|---:|---:|"]
     differing = 0
     for n_arms, n_cases, resamples in SIZES:
         values = drawn(n_arms, n_cases, given.seed)
         names = tuple(map(str, range(n_arms))), tuple(map(str, range(n_cases)))
         cube = Cube(METRICS, *names, values, np.zeros(values.shape, dtype=bool), (0,) * n_arms, (0,) * n_arms)
-        started = time.perf_counter()
+        started = now()
         ready, weights = prepare(cube), draw_weights(n_cases, resamples, given.seed)
-        preparing = time.perf_counter() - started
-        total = [preparing, 0.0]
+        ours, theirs = now() - started, np.zeros(2)
         size = f"{n_arms} x {n_cases} x {len(METRICS)}"
         for name in AGGREGATE:
-            ours, ranks = timed(ready, name, weights)
-            total[0] += ours
-            theirs = ""
+            seconds, ranks = timed(ready, name, weights)
+            ours, looping = ours + seconds, np.zeros(2)
             if not given.skip_peers:
                 n_looped = LOOPED[n_arms]
-                seconds, looped = pandas_loop(values, weights[:n_looped], name)
+                looping, looped = pandas_loop(values, weights[:n_looped], name)
+                looping = looping * resamples / n_looped
                 differing += int((looped != ranks[:n_looped]).any(axis=1).sum())
-                total[1] += seconds / n_looped * resamples
-                theirs = f"{seconds / n_looped * resamples:.1f}" + (f" (from {n_looped})" if n_looped < resamples else "")
-            times = f"{seconds / n_looped * resamples / ours:.0f}" if theirs else ""
-            lines.append(f"| {size} | {resamples} | {name} | {ours:.2f} | {theirs} | {times} |")
-        both = f"{total[1]:.1f} | {total[1] / total[0]:.0f}" if not given.skip_peers else " | "
-        lines.append(f"| {size} | {resamples} | both, with the draws | **{total[0]:.2f}** | {both} |")
+            theirs = theirs + looping
+            lines.append(line(size, resamples, name, seconds, looping))
+        lines.append(line(size, resamples, "**both, with the draws**", ours, theirs))
         if given.tests and n_arms <= 50:
             seconds, _ = timed(ready, "test-then-rank", weights, repeats=1)
-            lines.append(f"| {size} | {resamples} | test-then-rank | {seconds:.2f} | | |")
+            lines.append(line(size, resamples, "test-then-rank", seconds, np.zeros(2)))
     lines.append("")
     if not given.skip_peers:
-        lines.append(f"Resamples in which the two disagree about a rank: {differing}.")
+        lines.append(
+            f"Resamples in which the two disagree about a rank: {differing}. The loop ran {LOOPED} resamples (arms: resamples), scaled."
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines.append(f"Peak memory of the whole run {peak:.0f} MB. challengeR (R) is not installable here.")
     cores = len(os.sched_getaffinity(0))
-    lines.append(f"{processor()}, {cores} cores, Python {platform.python_version()}, NumPy {np.__version__}; best of {REPEATS}.")
+    busy = f"load average at the end {os.getloadavg()[0]:.1f}"
+    lines.append(f"{processor()}, {cores} cores, {busy}, Python {platform.python_version()}, NumPy {np.__version__}; best of {REPEATS}.")
     text = "\n".join(lines)
     print(text)
     if given.out:
@@ -92,23 +92,37 @@ def drawn(n_arms: int, n_cases: int, seed: int) -> NDArray[np.float64]:
     return values
 
 
-def timed(ready: Prepared, name: str, weights_rc: NDArray[np.float64], repeats: int = REPEATS) -> tuple[float, NDArray[np.float64]]:
-    best = float("inf")
+def now() -> NDArray[np.float64]:
+    """Seconds on the wall, and of CPU in all threads: the second hardly depends on what else the machine does."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def line(size: str, resamples: int, name: str, ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> str:
+    looped = f"{theirs[0]:.1f} | {theirs[1]:.1f} | {theirs[1] / ours[1]:.0f}" if theirs[0] else " | | "
+    return f"| {size} | {resamples} | {name} | {ours[0]:.2f} | {ours[1]:.2f} | {looped} |"
+
+
+def timed(
+    ready: Prepared, name: str, weights_rc: NDArray[np.float64], repeats: int = REPEATS
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    best = np.full(2, np.inf)
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = now()
         found = stability(ready, SCHEMES[name], weights_rc, threads=2)
-        best = min(best, time.perf_counter() - started)
+        best = np.minimum(best, now() - started)
     return best, found.ranks_ra
 
 
-def pandas_loop(values_mac: NDArray[np.float64], weights_rc: NDArray[np.float64], name: str) -> tuple[float, NDArray[np.float64]]:
+def pandas_loop(
+    values_mac: NDArray[np.float64], weights_rc: NDArray[np.float64], name: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """One resample after the other, as one would write it: a frame per metric, cases in rows, arms in columns."""
     import pandas as pd
 
     frames = [pd.DataFrame(metric.T) for metric in values_mac]
     ascending = [metric in ("hd", "rvd") for metric in METRICS]
     found = []
-    started = time.perf_counter()
+    started = now()
     for row in weights_rc.astype(int):
         drawn_cases = np.repeat(np.arange(len(row)), row)
         total = 0
@@ -119,7 +133,7 @@ def pandas_loop(values_mac: NDArray[np.float64], weights_rc: NDArray[np.float64]
             else:
                 total = total + sample.rank(axis=1, method="min", ascending=up).mean()
         found.append(total.round(9).rank(method="min").to_numpy())
-    return time.perf_counter() - started, np.array(found)
+    return now() - started, np.array(found)
 
 
 def processor() -> str:

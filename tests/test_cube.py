@@ -49,6 +49,10 @@ def test_seeds_and_folds_are_averaged_within_a_case() -> None:
     ]
     cube = cube_of_rows([*rows, Score("b", "-", "-", "c", "dice", 0.4)], ("dice",))
     assert cube.values_mac[0, :, 0].tolist() == [pytest.approx(0.3), 0.4]
+    infinite = cube_of_rows([Score("a", "-", seed, "c", "hd", value) for seed, value in (("0", INF), ("1", 2.0))], ("hd",))
+    assert infinite.values_mac.item() == INF
+    both = cube_of_rows([Score("a", "-", seed, "c", "hd", value) for seed, value in (("0", INF), ("1", -INF))], ("hd",))
+    assert math.isnan(both.values_mac.item())
 
 
 def test_marks_are_counted() -> None:

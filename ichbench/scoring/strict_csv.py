@@ -63,7 +63,7 @@ def read_lines(path: Path, header: Sequence[str], optional: bool = False) -> lis
                     )
                 lines.append(Line(reader.line_num, tuple(cells[place] for place in places)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{source} cannot be read as a table in UTF-8: {error}. A spreadsheet is saved as CSV UTF-8 first") from error
+        raise InputError(f"{source} cannot be read as a table in UTF-8: {_reason(error)}") from error
     return lines
 
 
@@ -74,7 +74,7 @@ def columns_of(path: Path) -> tuple[str, ...]:
             first = stream.readline()
             return tuple(_split(first, _separator_of(first)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a table in UTF-8: {error}. A spreadsheet is saved as CSV UTF-8 first") from error
+        raise InputError(f"{path} cannot be read as a table in UTF-8: {_reason(error)}") from error
 
 
 def number_of(text: str) -> float:
@@ -117,6 +117,12 @@ def in_short(messages: Sequence[str]) -> str:
     """The first few messages, and how many more there are."""
     more = f"; and {len(messages) - SHOWN} more like it" if len(messages) > SHOWN else ""
     return "; ".join(messages[:SHOWN]) + more
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}; check the path"
+    return f"{error}. A spreadsheet, or a table in another encoding, is saved as CSV UTF-8 first"
 
 
 def _separator_of(header: str) -> str:
