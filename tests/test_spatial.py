@@ -183,19 +183,17 @@ def test_in_plane_follows_the_rule() -> None:
     assert acts_in_plane(SPATIAL, (4, 13, 12))
 
 
-def test_ties_go_to_the_nearest_voxel() -> None:
-    """A step by 2 and a quarter turn about an edge put voxels exactly between two labels; nothing but 0 and 1 comes out, and
-    the half that is nearest (of equals the even one, as torch rounds) wins."""
-    labels = np.zeros((1, 8, 8), np.int16)
-    labels[:, :, 4:] = 1
-    case = case_of(np.zeros((1, 1, 8, 8)), labels)
-    got = made(case, AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
-    np.testing.assert_array_equal(got[0, :, :], [[0, 0, 1, 1]] * 4)
-    shifted = np.zeros((1, 8, 8), np.int16)
-    shifted[:, :, 3:] = 1
-    # places 0.5, 2.5, 4.5, 6.5: at 2.5 the labels tie, and rounding half to even takes voxel 2
-    got = made(case_of(np.zeros((1, 1, 8, 8)), shifted), AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
-    np.testing.assert_array_equal(got[0], [[0, 0, 1, 1]] * 4)
+@pytest.mark.parametrize(("below", "above"), [(0, 1), (1, 0), (2, 1), (1, 3)])
+def test_ties_go_to_the_nearest_voxel(below: int, above: int) -> None:
+    """Every second place of 0.5, 2.5, 4.5, 6.5 read across a border at 2.5: the labels tie, and half to even means voxel 2."""
+    labels = np.full((1, 8, 8), below, np.int16)
+    labels[:, :, 3:] = above
+    got = made(case_of(np.zeros((1, 1, 8, 8)), labels), AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
+    np.testing.assert_array_equal(got[0], [[below, below, above, above]] * 4)
+    # a third label in the patch takes the other way through the code
+    labels[:, 0, :] = 7
+    got = made(case_of(np.zeros((1, 1, 8, 8)), labels), AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
+    np.testing.assert_array_equal(got[0, 1:], [[below, below, above, above]] * 3)
 
 
 def test_three_labels_meet() -> None:

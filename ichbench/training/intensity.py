@@ -84,7 +84,7 @@ def blur(volume_zyx: Tensor, sigma_zyx: Sequence[float]) -> None:
 def change_contrast(volume: Tensor, factor: float) -> None:
     """(v - mean) factor + mean, kept within the old ends."""
     low, high = torch.aminmax(volume)
-    mean = _known(_moments(volume)[0])
+    mean = _known(_mean(volume))
     for block in _blocks(volume):
         _within(_scale(block, factor, mean * (1 - factor)), low, high)
 
@@ -188,11 +188,14 @@ def _slices(volume_zyx: Tensor) -> Sequence[Tensor]:
     return torch.split(volume_zyx, 1) if on_cpu(volume_zyx) else [volume_zyx]
 
 
+def _mean(volume: Tensor) -> Tensor:
+    """Float64. Rows are summed first: the order is then the same for any number of threads."""
+    return torch.cat([block.sum(1) for block in _blocks(volume)]).double().sum() / volume.numel()
+
+
 def _moments(volume: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (n - 1 below the sum), float64. Rows are summed first: the order is then the same for
-    any number of threads."""
-    blocks, count = _blocks(volume), volume.numel()
-    mean = torch.cat([block.sum(1) for block in blocks]).double().sum() / count
+    """Mean and standard deviation (n - 1 below the sum), float64."""
+    blocks, count, mean = _blocks(volume), volume.numel(), _mean(volume)
     squares = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks]).double().square().sum()
     variance = (squares / count - mean**2).clamp(min=0)
     if on_cpu(volume) and bool(squares > FAR * count * variance):
