@@ -102,6 +102,24 @@ def test_any_patch_equals_brute_force(step: int, patch: tuple[int, ...], lower: 
     assert sure.mean() > 0.5
 
 
+@pytest.mark.parametrize("patch", [(5, 5, 5), (2, 9, 9), (12, 12)])
+def test_nothing_beyond_nnunets_box_is_read(patch: tuple[int, ...]) -> None:
+    """A box inside the case, zoomed out of as far as it goes: what lies around it in the case must not show."""
+    size, box = patch_zyx(patch), enlarged_zyx(SPATIAL, patch)
+    case = noisy((24, 40, 40))
+    reached = 0
+    for step in range(8):
+        draw = replace(drawn(step, patch), scale=1.4)
+        lower = (6, 8, 9)
+        got, expected = made(case, draw, lower, size, box), brute_force(case, draw, lower, size, box)
+        np.testing.assert_allclose(got[0], expected[0], atol=2e-4)
+        sure = expected[1] != -9
+        np.testing.assert_array_equal(got[1][sure], expected[1][sure])
+        centre = tuple(low + big // 2 - small // 2 for low, big, small in zip(lower, box, size, strict=True))
+        reached += not np.allclose(expected[0], brute_force(case, draw, (centre[0], centre[1], centre[2]), size, None)[0], atol=1e-3)
+    assert reached >= 2
+
+
 def test_identity_where_nothing_is_drawn() -> None:
     case = noisy((6, 20, 20))
     image, labels = made(case, AugmentDraw(), (1, 2, 3), SLAB)
