@@ -21,7 +21,10 @@ import torch
 from ichbench.cases.cohort import Cohort, read_cohort
 from ichbench.cases.images import read_grid
 from ichbench.cases.splits import five_folds
-from ichbench.training.patches import corner_range
+from ichbench.recipe import AugmentRecipe
+from ichbench.training.draw import draw_augmentation, enlarged_zyx
+from ichbench.training.patches import corner_range, patch_zyx, sample_generator
+from ichbench.training.spatial import reading
 
 SHARED = Path(os.environ.get("ICHBENCH_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 #: patches that nnU-Net plans for these data sets (3d_fullres)
@@ -39,6 +42,8 @@ def main() -> None:
         grids = [read_grid(record.images[0]) for record in cohort.records]
         plain = sum(grid.file_axes == (2, 1, 0) for grid in grids)
         print(f"{name}: {plain} of {len(grids)} files are stored slice by slice, where both orientation rules read the same array")
+    for patch in ((16, 320, 320), (28, 256, 256), (512, 512), (128, 128, 128), (40, 56, 40)):
+        print(rims(patch))
     print(groups())
     if given.model:
         for line in half_precision(given.model):
@@ -65,6 +70,24 @@ def clamping(cohort: Cohort, patch: tuple[int, int, int]) -> str:
     return (
         f"{cohort.name}, patch {patch}: {np.mean(beyond):.0%} of {len(beyond)} patches about a foreground voxel hang out where they "
         f"need not; {np.mean(avoidable):.1%} of all their voxels are padding for that reason"
+    )
+
+
+def rims(patch: tuple[int, ...]) -> str:
+    """Of turned or scaled patches: how many read beyond the box that nnU-Net cuts, where all is 0, and how much of them."""
+    size, recipe = patch_zyx(patch), AugmentRecipe()
+    box, shares = enlarged_zyx(recipe, patch), []
+    voxels = np.stack(np.meshgrid(*[np.arange(0, n, max(1, n // 40)) for n in size], indexing="ij"), -1).reshape(-1, 3)
+    for step in range(600):
+        draw = draw_augmentation(sample_generator(1, 0, step, 0), recipe, patch, 1)
+        if draw.is_spatial:
+            where = reading(draw, ((0, 0, 0), box), size)
+            places = voxels @ where.matrix.T + where.shift
+            shares.append(float(((places < -0.5) | (places > np.array(box) - 0.5)).any(axis=1).mean()))
+    hit = np.mean(np.array(shares) > 0.001)
+    return (
+        f"patch {patch}, box {box}: {hit:.0%} of {len(shares)} turned or scaled patches reach beyond it, "
+        f"with {np.mean(shares):.2%} of all their voxels"
     )
 
 

@@ -232,3 +232,17 @@ def test_nothing_drawn_is_no_change() -> None:
     assert draw_sample(cases(), Sampling((4, 4, 4), 2, 0.33, 0, None), 0, 0, 0).change == AugmentDraw()
     assert not AugmentDraw().is_spatial
     assert not AugmentDraw().changes_intensity
+
+
+@pytest.mark.parametrize("patch", [(6, 16, 16), (3, 20, 20), (16, 16)])
+def test_the_way_of_other_devices_gives_the_same(patch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There whole volumes are worked on, and no number is asked back; noise apart, whose field is another for another kind of device."""
+    recipe = AugmentRecipe(**{f"{name}_probability": 0.6 for name in NAMES} | {"noise_probability": 0.0}, in_plane=len(patch) == 2)
+    samplings = [Sampling(patch, 2, 0.33, 5, recipe.model_copy(update={"in_plane": flat}), masked_channels=(0,)) for flat in (True, False)]
+    expected = [make_batch([masked_case()], sampling, TRAIN_STREAM, step) for sampling in samplings for step in range(6)]
+    for module in ("spatial", "straight", "intensity"):
+        monkeypatch.setattr(f"ichbench.training.{module}.on_cpu", lambda tensor: False)
+    found = [make_batch([masked_case()], sampling, TRAIN_STREAM, step) for sampling in samplings for step in range(6)]
+    for (image, labels), (other, truth) in zip(found, expected, strict=True):
+        torch.testing.assert_close(image, other, atol=2e-4, rtol=1e-4)
+        assert (labels != truth).float().mean() < 1e-3

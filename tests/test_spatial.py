@@ -102,6 +102,24 @@ def test_any_patch_equals_brute_force(step: int, patch: tuple[int, ...], lower: 
     assert sure.mean() > 0.5
 
 
+@pytest.mark.parametrize("patch", [(5, 5, 5), (2, 9, 9), (12, 12)])
+def test_nothing_beyond_nnunets_box_is_read(patch: tuple[int, ...]) -> None:
+    """A box inside the case, zoomed out of as far as it goes: what lies around it in the case must not show."""
+    size, box = patch_zyx(patch), enlarged_zyx(SPATIAL, patch)
+    case = noisy((24, 40, 40))
+    reached = 0
+    for step in range(8):
+        draw = replace(drawn(step, patch), scale=1.4)
+        lower = (6, 8, 9)
+        got, expected = made(case, draw, lower, size, box), brute_force(case, draw, lower, size, box)
+        np.testing.assert_allclose(got[0], expected[0], atol=2e-4)
+        sure = expected[1] != -9
+        np.testing.assert_array_equal(got[1][sure], expected[1][sure])
+        centre = tuple(low + big // 2 - small // 2 for low, big, small in zip(lower, box, size, strict=True))
+        reached += not np.allclose(expected[0], brute_force(case, draw, (centre[0], centre[1], centre[2]), size, None)[0], atol=1e-3)
+    assert reached >= 2
+
+
 def test_identity_where_nothing_is_drawn() -> None:
     case = noisy((6, 20, 20))
     image, labels = made(case, AugmentDraw(), (1, 2, 3), SLAB)
@@ -183,19 +201,17 @@ def test_in_plane_follows_the_rule() -> None:
     assert acts_in_plane(SPATIAL, (4, 13, 12))
 
 
-def test_ties_go_to_the_nearest_voxel() -> None:
-    """A step by 2 and a quarter turn about an edge put voxels exactly between two labels; nothing but 0 and 1 comes out, and
-    the half that is nearest (of equals the even one, as torch rounds) wins."""
-    labels = np.zeros((1, 8, 8), np.int16)
-    labels[:, :, 4:] = 1
-    case = case_of(np.zeros((1, 1, 8, 8)), labels)
-    got = made(case, AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
-    np.testing.assert_array_equal(got[0, :, :], [[0, 0, 1, 1]] * 4)
-    shifted = np.zeros((1, 8, 8), np.int16)
-    shifted[:, :, 3:] = 1
-    # places 0.5, 2.5, 4.5, 6.5: at 2.5 the labels tie, and rounding half to even takes voxel 2
-    got = made(case_of(np.zeros((1, 1, 8, 8)), shifted), AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
-    np.testing.assert_array_equal(got[0], [[0, 0, 1, 1]] * 4)
+@pytest.mark.parametrize(("below", "above"), [(0, 1), (1, 0), (2, 1), (1, 3)])
+def test_ties_go_to_the_nearest_voxel(below: int, above: int) -> None:
+    """Every second place of 0.5, 2.5, 4.5, 6.5 read across a border at 2.5: the labels tie, and half to even means voxel 2."""
+    labels = np.full((1, 8, 8), below, np.int16)
+    labels[:, :, 3:] = above
+    got = made(case_of(np.zeros((1, 1, 8, 8)), labels), AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
+    np.testing.assert_array_equal(got[0], [[below, below, above, above]] * 4)
+    # a third label in the patch takes the other way through the code
+    labels[:, 0, :] = 7
+    got = made(case_of(np.zeros((1, 1, 8, 8)), labels), AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
+    np.testing.assert_array_equal(got[0, 1:], [[below, below, above, above]] * 3)
 
 
 def test_three_labels_meet() -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ichbench.training.draw import AugmentDraw
-from ichbench.training.straight import LinearStep, interpolate
+from ichbench.training.straight import LinearStep, interpolate, on_cpu
 
 #: below this a range or a spread counts as this, as in nnU-Net
 TINY = 1e-7
@@ -73,7 +73,7 @@ def blur(volume_zyx: Tensor, sigma_zyx: Sequence[float]) -> None:
     if len(kernels[0]) > 1 and len(volume_zyx) > 1:
         # narrow strips of all slices, for the cache
         depth, height, width = volume_zyx.shape
-        rows = max(1, 2 * IN_CACHE // (depth * width)) if _on_cpu(volume_zyx) else height
+        rows = max(1, 2 * IN_CACHE // (depth * width)) if on_cpu(volume_zyx) else height
         for first in range(0, height, rows):
             strip = volume_zyx[:, first : first + rows]
             strip.copy_(_blurred(strip, kernels[0], 0))
@@ -84,7 +84,7 @@ def blur(volume_zyx: Tensor, sigma_zyx: Sequence[float]) -> None:
 def change_contrast(volume: Tensor, factor: float) -> None:
     """(v - mean) factor + mean, kept within the old ends."""
     low, high = torch.aminmax(volume)
-    mean = _known(_moments(volume)[0])
+    mean = _known(_mean(volume))
     for block in _blocks(volume):
         _within(_scale(block, factor, mean * (1 - factor)), low, high)
 
@@ -128,7 +128,7 @@ def change_gamma(volume: Tensor, exponent: float, inverted: bool) -> None:
 
 
 def _within(block: Tensor, low: Tensor, high: Tensor) -> None:
-    if _on_cpu(block):
+    if on_cpu(block):
         block.clamp_(float(low), float(high))
     else:
         block.clamp_(low, high)
@@ -181,21 +181,24 @@ def _kept(length: int, number: int, backwards: bool) -> NDArray[np.int64]:
 def _blocks(volume: Tensor) -> Sequence[Tensor]:
     """Views of whole rows that make up a contiguous tensor."""
     rows = volume.flatten(0, -2)
-    return torch.split(rows, max(1, IN_CACHE // rows.shape[1])) if _on_cpu(volume) else [rows]
+    return torch.split(rows, max(1, IN_CACHE // rows.shape[1])) if on_cpu(volume) else [rows]
 
 
 def _slices(volume_zyx: Tensor) -> Sequence[Tensor]:
-    return torch.split(volume_zyx, 1) if _on_cpu(volume_zyx) else [volume_zyx]
+    return torch.split(volume_zyx, 1) if on_cpu(volume_zyx) else [volume_zyx]
+
+
+def _mean(volume: Tensor) -> Tensor:
+    """Float64. Rows are summed first: the order is then the same for any number of threads."""
+    return torch.cat([block.sum(1) for block in _blocks(volume)]).double().sum() / volume.numel()
 
 
 def _moments(volume: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (n - 1 below the sum), float64. Rows are summed first: the order is then the same for
-    any number of threads."""
-    blocks, count = _blocks(volume), volume.numel()
-    mean = torch.cat([block.sum(1) for block in blocks]).double().sum() / count
+    """Mean and standard deviation (n - 1 below the sum), float64."""
+    blocks, count, mean = _blocks(volume), volume.numel(), _mean(volume)
     squares = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks]).double().square().sum()
     variance = (squares / count - mean**2).clamp(min=0)
-    if _on_cpu(volume) and bool(squares > FAR * count * variance):
+    if on_cpu(volume) and bool(squares > FAR * count * variance):
         # far from 0 the difference of two large numbers says little
         middle = float(mean)
         variance = torch.cat([torch.linalg.vector_norm(block - middle, dim=1) for block in blocks]).double().square().sum() / count
@@ -204,8 +207,4 @@ def _moments(volume: Tensor) -> tuple[Tensor, Tensor]:
 
 def _known(value: Tensor) -> float | Tensor:
     """A number where asking for it costs nothing, and the tensor where it would stop the device."""
-    return float(value) if _on_cpu(value) else value
-
-
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+    return float(value) if on_cpu(value) else value

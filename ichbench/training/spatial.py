@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ichbench.training.boxes import Box, Ints, bounding_box, common_box, ints, slices
 from ichbench.training.draw import AugmentDraw
-from ichbench.training.straight import at_places, interpolate
+from ichbench.training.straight import at_places, interpolate, on_cpu
 
 #: fills an array (..., z, y, x) with what lies from a first voxel (z, y, x) on
 Cut = Callable[[NDArray[Any], Ints], None]
@@ -113,7 +113,7 @@ def turn_image(cut: Cut, box: Box, where: Reading, in_plane: bool, out: Tensor) 
         steps = [at_places(near.matrix[k, k] * np.arange(out.shape[k + 1]) + near.shift[k], box[1][k]) for k in range(3)]
         interpolate(torch.from_numpy(source).to(out.device), steps, out)
         return
-    if not (in_plane and out.device.type == "cpu"):
+    if not (in_plane and on_cpu(out)):
         source = np.empty((len(out), *box[1]), np.float32)
         cut(source, box[0])
         for planes, values in _planes(torch.from_numpy(source).to(out.device), near, ints(out.shape[1:]), in_plane, "bilinear"):
@@ -165,7 +165,7 @@ def _winners(labels: NDArray[np.int16], where: Reading, size: Ints, in_plane: bo
             score = values[0].half().float()
             won = torch.where(score > SCORE / 2, present[1], present[0])
             tied = score == SCORE / 2
-            if out.device.type != "cpu" or bool(tied.any()):
+            if not on_cpu(out) or bool(tied.any()):
                 count = planes.stop - planes.start
                 nearest = _all_planes(source, where.moved((planes.start, 0, 0), WHOLE), (count, *size[1:]), in_plane)
                 won = torch.where(tied, nearest, won)
@@ -206,7 +206,7 @@ def _planes(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the patch and what they read in `source` (c, z, y, x), or in the indicator of a label: (c, n, y, x).
     On a CPU so few at a time that they stay in the cache."""
-    step = max(1, IN_CACHE // (size[1] * size[2])) if source.device.type == "cpu" else size[0]
+    step = max(1, IN_CACHE // (size[1] * size[2])) if on_cpu(source) else size[0]
     if in_plane:
         flat = _grid(where.matrix[1:, 1:], where.shift[1:], source.shape[2:], size[1:], source.device)[None]
     else:

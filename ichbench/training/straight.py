@@ -27,6 +27,11 @@ class LinearStep:
         return bool(np.all(self.weight == 0)) and np.array_equal(self.first, np.arange(length))
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Is the work to be done slice by slice, in the cache, and is asking for a number free? Else all at once, and nothing is asked."""
+    return tensor.device.type == "cpu"
+
+
 def at_places(place: NDArray[np.float64], length: int) -> LinearStep:
     """Read an axis of `length` voxels at these places; beyond its ends the ends go on."""
     inside = np.clip(place, 0, length - 1)
@@ -43,9 +48,9 @@ def interpolate(volume_czyx: Tensor, steps_zyx: Sequence[LinearStep], out_czyx: 
     else:
         needed = np.unique(np.concatenate([along_z.first, along_z.second])).tolist()
         shape = (len(volume_czyx), len(needed), len(along_y.first), len(along_x.first))
-        planes = torch.from_numpy(np.empty(shape, np.float32)) if device.type == "cpu" else torch.empty(shape, device=device)
+        planes = torch.from_numpy(np.empty(shape, np.float32)) if on_cpu(volume_czyx) else torch.empty(shape, device=device)
     y, x = _on(along_y, device), _on(along_x, device)
-    if device.type == "cpu":
+    if on_cpu(volume_czyx):
         # columns of one slice, then its rows; two axes at a time, for which torch is at its fastest
         for old, new in zip(volume_czyx, planes, strict=True):
             for place, z in enumerate(needed):

@@ -104,7 +104,8 @@ def test_intensities_with_the_same_numbers(patch: tuple[int, ...], name: str, fr
 @pytest.mark.parametrize("patch", PATCHES)
 def test_turned_patches_with_the_same_numbers(patch: tuple[int, ...], fresh_seed: int) -> None:
     """nnU-Net's boxes cut by its loader at our corner, its spatial and mirror transforms fed with our angles, scale and axes:
-    images within 4e-4 (of values up to 5), labels equal but where scores tie within half precision (under 1 in 2000; 3 of 4.4 million were seen)."""
+    images within 4e-4 (of values up to 5), labels equal but where scores tie within half precision (under 1 in 2000;
+    3 of 4.4 million were seen)."""
     from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
     from batchgeneratorsv2.transforms.spatial.spatial import create_affine_matrix_2d, create_affine_matrix_3d
 
