@@ -81,6 +81,20 @@ class TrainResult:
     stopped_early: bool
 
 
+def check_settings(cases: Sequence[TrainingCase], training: TrainingRecipe, seed: int, validates: bool) -> None:
+    """InputError for settings that cannot work, a TrainingWarning for one that cannot act."""
+    if not cases:
+        raise InputError("there is no training case; check the split")
+    if seed < 0:
+        raise InputError(f"the seed is {seed}; use a whole number from 0 on")
+    if training.early_stopping != "off" and not validates:
+        raise InputError("training.early_stopping needs validation cases and validation_iterations above 0; give both or set it to 'off'")
+    if training.early_stopping != "off" and training.early_stopping.patience_epochs >= training.epochs:
+        patience = training.early_stopping.patience_epochs
+        said = f"early stopping with a patience of {patience} epochs cannot act in a training of {training.epochs}"
+        warnings.warn(said, TrainingWarning, stacklevel=3)
+
+
 def identity_of(
     plan: Any,
     network: NetworkRecipe,

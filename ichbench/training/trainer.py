@@ -10,7 +10,6 @@ import contextlib
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from ichbench.training.folder import (
     LOG,
     Saving,
     TrainResult,
+    check_settings,
     environment_of,
     identity_of,
     open_folder,
@@ -42,11 +42,11 @@ from ichbench.training.folder import (
     warn_of_changes,
     write_mark,
 )
-from ichbench.training.keeper import Keeper, signals
+from ichbench.training.keeper import Keeper, signals, torch_threads
 from ichbench.training.logs import LogFile, Sink, Tick, epoch_line, open_log
 from ichbench.training.optimizers import OPTIMIZERS, optimizer_tensors, restore_optimizer
 from ichbench.training.parallel import ALONE, Team
-from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, TrainingWarning, choose_cases
+from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, choose_cases
 from ichbench.training.schedule import Position, moving_average, poly_learning_rate, should_stop
 from ichbench.training.supervision import count_hits, dice_of, make_supervision
 
@@ -108,7 +108,7 @@ def train(
     Raises InputError for settings that cannot work and for a folder of another training (the differences are listed), CaseError
     when the loss is not finite.
     """
-    _check(cases, training, seed, validates=bool(validation_cases) and training.validation_iterations > 0)
+    check_settings(cases, training, seed, validates=bool(validation_cases) and training.validation_iterations > 0)
     rules = plain_rules(plan.n_classes) if rules is None else rules
     supervision = make_supervision(rules, plan.n_classes, plan.batch_dice, training)
     if team.size > 1:
@@ -116,7 +116,7 @@ def train(
     started = None if pretrained is None else weights_digest(pretrained)
     identity = identity_of(plan, network, training, seed, cases, validation_cases, digests, started) | {"labels": rules.to_json()}
     checkpoints = out / "checkpoints" if saving.folder is None else saving.folder
-    with _threads(threads):
+    with torch_threads(threads):
         # what cannot be built is known before anything is touched
         run = _Run(cases, validation_cases, plan, network, training, seed, torch.device(device), supervision, team)
         if pretrained is not None:
@@ -342,30 +342,6 @@ class _Run:
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")
-
-
-def _check(cases: Sequence[TrainingCase], training: TrainingRecipe, seed: int, validates: bool) -> None:
-    if not cases:
-        raise InputError("there is no training case; check the split")
-    if seed < 0:
-        raise InputError(f"the seed is {seed}; use a whole number from 0 on")
-    if training.early_stopping != "off" and not validates:
-        raise InputError("training.early_stopping needs validation cases and validation_iterations above 0; give both or set it to 'off'")
-    if training.early_stopping != "off" and training.early_stopping.patience_epochs >= training.epochs:
-        patience = training.early_stopping.patience_epochs
-        said = f"early stopping with a patience of {patience} epochs cannot act in a training of {training.epochs}"
-        warnings.warn(said, TrainingWarning, stacklevel=2)
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Let torch use `number` threads inside the block: results depend on it, so it never comes from the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _mean(values: Sequence[float]) -> float:
