@@ -80,7 +80,6 @@ HOUSE: dict[str, tuple[str, ...]] = {
     ),
     "network": ("norm", "blocks", "unet", "winograd", "fast", "losses", "weights", "checkpoint", "nnunet_weights"),
     "inference": (
-        "memory",
         "sliding",
         "ensemble",
         "cascade",
