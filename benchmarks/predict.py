@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.labels import plain_rules
-from ichbench.inference.memory import kept_memory
 from ichbench.inference.predictors import Tools, predict_unet
 from ichbench.network.losses import Supervision, dice_ce
 from ichbench.network.unet import UNet, make_unet
@@ -133,7 +132,7 @@ def alone(given: argparse.Namespace, features: int) -> Iterator[str]:
     plan = make_plan(fingerprint(iter([head_ct()])), recipe, ("CT",), 2, 1)
     network = make_unet(plan, NetworkRecipe()).eval()
     x = torch.randn(1, plan.in_channels, *plan.patch_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode(), kept_memory():
+    with torch.inference_mode():
         sides = {WINOGRAD: fast_network(network), DIRECT: network}
         if not given.skip_peers:
             sides[f"nnU-Net {peer_version()}"] = their_network(plan, network)

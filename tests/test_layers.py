@@ -81,7 +81,6 @@ HOUSE: dict[str, tuple[str, ...]] = {
     ),
     "network": ("conv", "norm", "blocks", "unet", "winograd", "fast", "losses", "weights", "checkpoint", "nnunet_weights"),
     "inference": (
-        "memory",
         "sliding",
         "ensemble",
         "cascade",

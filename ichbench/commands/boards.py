@@ -74,10 +74,12 @@ def board(
     if base not in (None, "none", *arms):
         raise InputError(f"--base {base!r} is not among the arms {', '.join(arms)}; give one of them, or none")
     chosen = base or ("base" if "base" in arms else "none")
-    ranking = _ranking(
-        rows, rank, chosen == "none" and len(arms) > 1, named, rule, missing, infinite, resamples, seed, _groups(described, group, rows)
-    )
-    _show(rows, None if chosen == "none" else chosen, ranking, missing != "refuse", named, out)
+    groups = _groups(described, group, rows)
+    by_default = chosen == "none" and len(arms) > 1
+    ranking = _ranking(rows, rank, by_default, named, rule, missing, infinite, resamples, seed, groups)
+    # intervals are by patient where patients have several cases, as at the end of a study
+    shared = groups if groups is not None and len(set(groups.values())) < len(groups) else None
+    _show(rows, None if chosen == "none" else chosen, ranking, missing != "refuse", named, out, shared)
 
 
 def _ranking(
@@ -107,7 +109,13 @@ def _ranking(
 
 
 def _show(
-    rows: Sequence[Score], base: str | None, ranking: RankBoard | str | None, lenient: bool, metrics: Sequence[str] | None, out: Path | None
+    rows: Sequence[Score],
+    base: str | None,
+    ranking: RankBoard | str | None,
+    lenient: bool,
+    metrics: Sequence[str] | None,
+    out: Path | None,
+    clusters: Mapping[str, str] | None,
 ) -> None:
     from ichbench.board.rank_board import RankBoard
     from ichbench.board.rank_render import ranking_text, write_ranking
@@ -117,7 +125,7 @@ def _show(
     written: list[Path] = []
     shown = tuple(dict.fromkeys((*DEFAULT_METRICS, *(metrics or ()))))
     try:
-        made = build_board(rows, base=base, metrics=shown)
+        made = build_board(rows, base=base, metrics=shown, clusters=clusters)
         typer.echo(board_text(made))
     except InputError as error:
         if not lenient:

@@ -23,7 +23,6 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
-from ichbench.inference.memory import kept_memory
 from ichbench.network.fast import fast_network
 from ichbench.network.unet import UNet
 from ichbench.recipe import InferenceRecipe, check_precision
@@ -98,7 +97,7 @@ def predict_logits(
     if isinstance(network, UNet) and is_fast(recipe, device):
         network = fast_network(network)
     flips = mirrorings(recipe.mirror, plan.dims)
-    with torch.inference_mode(), _precision(recipe, device), kept_memory():
+    with torch.inference_mode(), _precision(recipe, device):
         image = torch.from_numpy(np.ascontiguousarray(image_czyx, dtype=np.float32)).to(device)
         if recipe.compatibility == "nnunet":
             logits = _one_by_one(network, image, plan, recipe, flips)
