@@ -54,7 +54,7 @@ from ichbench.scoring.score import rows_for_case
 SHARED = Path(os.environ.get("ICHBENCH_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 NAME, ID = "Dataset004_Hippocampus", 4
 SPLIT_SEED, VALIDATION_CASES = 2024, 10
-STEPS, EPOCH = 1250, 250
+STEPS, EPOCH, TRIAL = 1250, 250, 30
 MARGIN = -0.01
 TOOLS = ("ichbench", "nnunet")
 
@@ -93,6 +93,10 @@ def main() -> int:
         run_one(given, given.one[0], int(given.one[1]), length, cohort, plan, found)
         return 0
     runs = [(tool, seed) for seed in range(given.seeds) for tool in TOOLS]
+    if length.all_steps > TRIAL and not all(list((given.work / "runs").glob(f"{tool}-seed*.json")) for tool in TOOLS):
+        print(f"first {TRIAL} steps of each tool, to learn how long they take", flush=True)
+        trial = [sys.executable, __file__, "--work", str(given.work), "--steps", str(TRIAL), "--seeds", "1"]
+        subprocess.run(trial, check=True, stdout=subprocess.DEVNULL)
     print(estimate(given, runs, length), flush=True)
     if given.estimate:
         return 0
@@ -295,9 +299,7 @@ def estimate(given: argparse.Namespace, runs: list[tuple[str, int]], length: Len
             rest = longest["seconds"] - longest["training_seconds"]
             per_tool[tool] = (longest["training_seconds"] / longest["steps"], rest)
     if not left or not set(left) <= per_tool.keys():
-        return f"{said}." + (
-            f" Run with --steps 30 --seeds 1 first to learn how long they take: each is {EPOCH // 8} steps." if left else ""
-        )
+        return f"{said}." if not left else f"{said}; how long a step takes is not known yet."
     minutes = sum(per_tool[tool][0] * length.all_steps + per_tool[tool][1] for tool in left) / 60
     each = ", ".join(f"{tool} {per_step:.2f} s a step and {rest:.0f} s" for tool, (per_step, rest) in per_tool.items())
     return f"{said}: about {minutes:.0f} minutes one after another, half with two of these commands on two idle cores ({each})."
