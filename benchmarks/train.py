@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -219,13 +218,18 @@ def peak_gb(given: argparse.Namespace) -> float:
     torch.set_num_threads(int(given.threads.split(",")[0]))
     plan = planned(int(given.features.split(",")[0]), tuple(int(n) for n in given.patch.split(",")), given.batch)
     image, labels = batch(plan, given.device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_gb("VmRSS")
+    # Linux: the highest mark starts anew, else the making of the plan would be in it
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     side = make_side(given.memory, plan, given.device)
     for _ in range(2):
         side.step(image, labels)
-    if given.device != "cpu":
-        return torch.cuda.max_memory_allocated() / 1024**3
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024**2
+    return torch.cuda.max_memory_allocated() / 1024**3 if given.device != "cpu" else resident_gb("VmHWM") - before
+
+
+def resident_gb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024**2
 
 
 def own_peak(given: argparse.Namespace, features: int, threads: int, name: str) -> str:
