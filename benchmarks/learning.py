@@ -25,7 +25,6 @@ import math
 import os
 import platform
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -164,7 +163,6 @@ def run_one(given: argparse.Namespace, tool: str, seed: int, length: Length, coh
     else:
         masks, training = theirs(given, scratch, seed, length, cohort, plan, found)
     seconds = time.monotonic() - began
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     scores = {name: dice(cohort, name, masks / f"{name}.nii.gz") for name in held_out(cohort)}
     about = {
         "tool": tool,
@@ -173,7 +171,6 @@ def run_one(given: argparse.Namespace, tool: str, seed: int, length: Length, coh
         "dice": scores,
         "mean": float(np.mean([list(one.values()) for one in scores.values()])),
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(sum(one.ru_utime + one.ru_stime for one in used), 1),
         "training_seconds": round(training, 1),
         "torch": torch.__version__,
         "device": processor("cpu"),
