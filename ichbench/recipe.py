@@ -119,6 +119,8 @@ class NetworkRecipe(Strict):
     #: auto: the plan's (2 in nnU-Net's plain network; in the residual one blocks of the encoder); a number holds for every stage
     convs_per_stage: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     leaky_slope: Annotated[float, Field(ge=0)] = 0.01
+    #: batch: over the samples of a batch, with running averages for prediction (nnU-Net has a trainer variant of that name)
+    norm: Literal["instance", "batch"] = "instance"
     deep_supervision: bool = True
     #: how many of the lowest decoder levels get no loss (nnU-Net v2: 1; the paper: 2)
     unsupervised_levels: Annotated[int, Field(ge=0)] = 1

@@ -234,6 +234,9 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", small_plan(), overlay={"inference": {"predictor": "threshold"}})
     with pytest.raises(InputError, match="only networks"):
         export_nnunet(model, tmp_path / "out")
+    model = write_model(tmp_path / "batch", small_plan(), overlay={"network": {"norm": "batch"}})
+    with pytest.raises(InputError, match="only networks with instance norm"):
+        export_nnunet(model, tmp_path / "out")
     model = write_model(tmp_path / "empty", small_plan())
     (model / "final.safetensors").unlink()
     with pytest.raises(InputError, match="no weights"):

@@ -250,6 +250,28 @@ def test_what_does_not_fit_the_labels_is_refused(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
+def test_batch_norm_learns_and_validation_leaves_its_averages_alone(tmp_path: Path) -> None:
+    network = NetworkRecipe(norm="batch")
+    recipe = {"epochs": 6, "iterations_per_epoch": 15, "moving_average": 0.0}
+    seen = quick(tmp_path / "seen", cases_=blob_cases(6), network=network, validation_iterations=4, **recipe)
+    unseen = quick(tmp_path / "unseen", cases_=blob_cases(6), network=network, validation_iterations=0, **recipe)
+    assert seen.final_sha256 == unseen.final_sha256
+    assert (seen.pseudo_dice[0] or 0.0) > 0.7
+    trained = make_unet(SOLID, network, seed=9)
+    load_weights(trained, seen.final)
+    one = blob_cases(1, 99)[0]
+    for convolution in ("direct", "winograd"):
+        settings = InferenceRecipe(mirror=False, convolution=convolution)  # type: ignore[arg-type]
+        found = predict_logits(trained, one.image_czyx, SOLID, settings).argmax(0) == 1
+        assert 2 * (found & (one.labels_zyx == 1)).sum() / (found.sum() + (one.labels_zyx == 1).sum()) > 0.7
+    # what batch norm is for: a sample's answer in training depends on the others of its batch, at prediction it does not
+    image = torch.from_numpy(np.stack([one.image_czyx[:, 1:5, :16, :16], blob_cases(1, 5)[0].image_czyx[:, 1:5, :16, :16] * 3]))
+    trained.eval()
+    torch.testing.assert_close(trained(image)[:1], trained(image[:1]))
+    trained.train()
+    assert float((trained(image)[0][:1] - trained(image[:1])[0]).detach().abs().max()) > 0.01
+
+
 def test_class_weights_and_the_weights_of_the_terms_reach_the_loss(tmp_path: Path) -> None:
     base = quick(tmp_path / "base")
     for changes in ({"class_weights": (1.0, 5.0)}, {"dice_weight": 2.0}, {"ce_weight": 2.0}):

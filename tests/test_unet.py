@@ -212,3 +212,26 @@ def test_norm_falls_back_to_torch_in_other_precisions() -> None:
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     layer = NormAct(4, 0.2).double()
     torch.testing.assert_close(layer(x), F.leaky_relu(F.instance_norm(x), 0.2))
+
+
+def test_batch_norm_is_torchs() -> None:
+    from ichbench.network.norm import BatchNormAct, averages_kept
+
+    own, theirs = BatchNormAct(3, 0.01), torch.nn.BatchNorm3d(3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        x = torch.randn(2, 3, 4, 5, 6, generator=generator) * 3 + 1
+        torch.testing.assert_close(own(x), torch.nn.functional.leaky_relu(theirs(x), 0.01))
+    assert theirs.running_mean is not None
+    assert theirs.running_var is not None
+    before = own.mean.clone()
+    with averages_kept(own):
+        own(x)
+        assert not own.training
+    assert own.training
+    torch.testing.assert_close(own.mean, before, rtol=0, atol=0)
+    torch.testing.assert_close(own.mean, theirs.running_mean)
+    torch.testing.assert_close(own.variance, theirs.running_var)
+    own.eval()
+    theirs.eval()
+    torch.testing.assert_close(own(x), torch.nn.functional.leaky_relu(theirs(x), 0.01))

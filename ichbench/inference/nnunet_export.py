@@ -209,6 +209,8 @@ def _their_tables(theirs: dict[str, Any], dataset_name: str | None, source: Path
 
 def _resolved(model: ModelFolder) -> Plan:
     """The plan with the depth that the recipe may have set instead."""
+    if model.recipe.network.norm != "instance":
+        raise InputError(f"{model.folder}: network.norm = {model.recipe.network.norm!r}; only networks with instance norm are exported")
     convs = model.recipe.network.convs_per_stage
     if convs == "auto":
         return model.plan

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ichbench.network.conv import convolve
-from ichbench.network.norm import NormAct
+from ichbench.network.norm import NORMS
 
 Axes = Sequence[int]
 
@@ -20,20 +20,28 @@ CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 UP_CONV: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 MEAN_POOL: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
-#: the slope with which `NormAct` is a norm alone
+#: the slope with which a norm and its activation are a norm alone
 NO_ACTIVATION = 1.0
 
 
 class ConvBlock(nn.Module):
-    """conv - instance norm - leaky ReLU; "same" padding."""
+    """conv - norm - leaky ReLU; "same" padding."""
 
     def __init__(
-        self, dims: int, channels_in: int, channels_out: int, kernel: Axes, stride: Axes, leaky_slope: float, bias: bool = True
+        self,
+        dims: int,
+        channels_in: int,
+        channels_out: int,
+        kernel: Axes,
+        stride: Axes,
+        leaky_slope: float,
+        norm: str = "instance",
+        bias: bool = True,
     ) -> None:
         super().__init__()
         padding = tuple((k - 1) // 2 for k in kernel)
         self.conv = CONV[dims](channels_in, channels_out, tuple(kernel), tuple(stride), padding, bias=bias)
-        self.norm = NormAct(channels_out, leaky_slope)
+        self.norm = NORMS[norm](channels_out, leaky_slope)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(convolve(self.conv, x))  # type: ignore[no-any-return]
@@ -46,14 +54,16 @@ class ResidualBlock(nn.Module):
     without bias and a norm follow. Neither: the input itself.
     """
 
-    def __init__(self, dims: int, channels_in: int, channels_out: int, kernel: Axes, stride: Axes, leaky_slope: float) -> None:
+    def __init__(
+        self, dims: int, channels_in: int, channels_out: int, kernel: Axes, stride: Axes, leaky_slope: float, norm: str = "instance"
+    ) -> None:
         super().__init__()
         one = (1,) * dims
-        self.conv1 = ConvBlock(dims, channels_in, channels_out, kernel, stride, leaky_slope)
-        self.conv2 = ConvBlock(dims, channels_out, channels_out, kernel, one, NO_ACTIVATION)
+        self.conv1 = ConvBlock(dims, channels_in, channels_out, kernel, stride, leaky_slope, norm)
+        self.conv2 = ConvBlock(dims, channels_out, channels_out, kernel, one, NO_ACTIVATION, norm)
         self.shrink = MEAN_POOL[dims](tuple(stride), tuple(stride)) if max(stride) > 1 else nn.Identity()
         projects = channels_in != channels_out
-        self.project = ConvBlock(dims, channels_in, channels_out, one, one, NO_ACTIVATION, bias=False) if projects else nn.Identity()
+        self.project = ConvBlock(dims, channels_in, channels_out, one, one, NO_ACTIVATION, norm, bias=False) if projects else nn.Identity()
         self.leaky_slope = leaky_slope
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,9 +75,11 @@ class ResidualBlock(nn.Module):
 BLOCKS: dict[str, type[ConvBlock | ResidualBlock]] = {"plain": ConvBlock, "residual": ResidualBlock}
 
 
-def stage(family: str, dims: int, channels: tuple[int, int], kernel: Axes, stride: Axes, blocks: int, leaky_slope: float) -> nn.Sequential:
+def stage(
+    family: str, dims: int, channels: tuple[int, int], kernel: Axes, stride: Axes, blocks: int, leaky_slope: float, norm: str
+) -> nn.Sequential:
     """`blocks` blocks; the first changes the channel count and carries the stride."""
     channels_in, channels_out = channels
     block, one = BLOCKS[family], (1,) * dims
-    first = block(dims, channels_in, channels_out, kernel, stride, leaky_slope)
-    return nn.Sequential(first, *(block(dims, channels_out, channels_out, kernel, one, leaky_slope) for _ in range(blocks - 1)))
+    first = block(dims, channels_in, channels_out, kernel, stride, leaky_slope, norm)
+    return nn.Sequential(first, *(block(dims, channels_out, channels_out, kernel, one, leaky_slope, norm) for _ in range(blocks - 1)))

@@ -8,7 +8,9 @@ On other devices torch's own functions are used.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +34,41 @@ class NormAct(nn.Module):
             return _ChannelsLast.apply(x, self.weight, self.bias, self.leaky_slope, self.eps)  # type: ignore[no-any-return, no-untyped-call]
         normed = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
         return normed if self.leaky_slope == 1 else F.leaky_relu(normed, self.leaky_slope, inplace=True)
+
+
+class BatchNormAct(nn.Module):
+    """The same over all samples of a batch; prediction uses running averages (a tenth of each new batch), as torch's batch norm does."""
+
+    def __init__(self, channels: int, leaky_slope: float, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.mean: Tensor
+        self.variance: Tensor
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.leaky_slope, self.eps = leaky_slope, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.batch_norm(x, self.mean, self.variance, self.weight, self.bias, self.training, 0.1, self.eps)
+        return normed if self.leaky_slope == 1 else F.leaky_relu(normed, self.leaky_slope, inplace=True)
+
+
+#: `network.norm` of a recipe -> its module
+NORMS: dict[str, type[NormAct | BatchNormAct]] = {"instance": NormAct, "batch": BatchNormAct}
+
+
+@contextlib.contextmanager
+def averages_kept(network: nn.Module) -> Iterator[None]:
+    """Inside, batch norms use their averages and leave them alone, whatever the rest of the network does."""
+    norms = [module for module in network.modules() if isinstance(module, BatchNormAct) and module.training]
+    for module in norms:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.train()
 
 
 def _in_place(x: Tensor, weight: Tensor, bias: Tensor, leaky_slope: float, eps: float) -> Tensor:

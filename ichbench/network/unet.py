@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ichbench.errors import InputError
 from ichbench.network.blocks import BLOCKS, CONV, UP_CONV, Axes, ConvBlock, ResidualBlock, stage
 from ichbench.network.conv import convolve
-from ichbench.network.norm import NormAct
+from ichbench.network.norm import BatchNormAct, NormAct
 from ichbench.recipe import NetworkRecipe
 
 #: beyond these a plan is a mistake, or made to exhaust the machine (nnU-Net's largest have 512 features and 40 blocks)
@@ -63,22 +63,22 @@ class UNet(nn.Module):
 
     def __init__(self, plan: Topology, recipe: NetworkRecipe) -> None:
         super().__init__()
-        dims, features, slope = plan.dims, tuple(plan.features), recipe.leaky_slope
+        dims, features, slope, norm = plan.dims, tuple(plan.features), recipe.leaky_slope, recipe.norm
         self.dims = dims
         self.deep_supervision = recipe.deep_supervision
         one, first = (1,) * dims, plan.in_channels
-        self.stem = nn.Identity() if plan.family == "plain" else ConvBlock(dims, first, features[0], plan.kernels[0], one, slope)
+        self.stem = nn.Identity() if plan.family == "plain" else ConvBlock(dims, first, features[0], plan.kernels[0], one, slope, norm)
         channels = pairwise((first if plan.family == "plain" else features[0], *features))
         down, levels = plan.convs_per_stage, plan.decoder_convs
         if recipe.convs_per_stage != "auto":
             down, levels = [recipe.convs_per_stage] * len(down), [recipe.convs_per_stage] * len(levels)
         stages = zip(channels, plan.kernels, plan.strides, down, strict=True)
-        self.encoder = nn.ModuleList(stage(plan.family, dims, c, kernel, stride, n, slope) for c, kernel, stride, n in stages)
+        self.encoder = nn.ModuleList(stage(plan.family, dims, c, kernel, stride, n, slope, norm) for c, kernel, stride, n in stages)
         self.up, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, convs in enumerate(reversed(levels)):
             here, below, stride = features[level], features[level + 1], tuple(plan.strides[level + 1])
             self.up.append(UP_CONV[dims](below, here, stride, stride))
-            self.decoder.append(stage("plain", dims, (2 * here, here), plan.kernels[level], one, convs, slope))
+            self.decoder.append(stage("plain", dims, (2 * here, here), plan.kernels[level], one, convs, slope, norm))
             self.heads.append(CONV[dims](here, plan.n_classes, 1))
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -112,10 +112,13 @@ def make_unet(plan: Topology, recipe: NetworkRecipe, seed: int = 0) -> UNet:
     network = network.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
-        if isinstance(module, NormAct):
+        if isinstance(module, NormAct | BatchNormAct):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, tuple(CONV.values()) + tuple(UP_CONV.values())):
+        if isinstance(module, BatchNormAct):
+            nn.init.zeros_(module.mean)
+            nn.init.ones_(module.variance)
+        if isinstance(module, tuple(CONV.values()) + tuple(UP_CONV.values())):
             nn.init.kaiming_normal_(module.weight, a=0.01, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

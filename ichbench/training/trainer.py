@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.errors import CaseError, InputError
 from ichbench.network.losses import LOSSES, Loss, Supervision, supervised
+from ichbench.network.norm import averages_kept
 from ichbench.network.unet import Topology, UNet, make_unet
 from ichbench.network.weights import save_tensors, start_from, weights_digest
 from ichbench.recipe import NetworkRecipe, TrainingRecipe
@@ -111,6 +112,8 @@ def train(
     check_settings(cases, training, seed, validates=bool(validation_cases) and training.validation_iterations > 0)
     rules = plain_rules(plan.n_classes) if rules is None else rules
     supervision = make_supervision(rules, plan.n_classes, plan.batch_dice, training)
+    if team.size > 1 and network.norm == "batch":
+        raise InputError("network.norm = 'batch' needs the whole batch in one process; use 'instance', or train without torchrun")
     if team.size > 1:
         supervision = replace(supervision, pooled=team.pooled)
     started = None if pretrained is None else weights_digest(pretrained)
@@ -331,7 +334,7 @@ class _Run:
         counts = np.zeros((len(self.rules.targets), 2))
         cases, sampling = self.validation_cases, self.validation_sampling
         batches = ahead(lambda step: self.batch(cases, sampling, VALIDATION_STREAM, step), range(first, first + steps), self.workers)
-        with torch.no_grad():
+        with torch.no_grad(), averages_kept(self.network):
             for image, target in self.watched(batches):
                 with self.precision():
                     outputs = self.network(image)
