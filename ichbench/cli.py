@@ -16,7 +16,7 @@ from ichbench.commands.boards import board
 from ichbench.commands.effects import effects
 from ichbench.commands.models import ensemble, nnunet, postprocessing, predict, select
 from ichbench.commands.named import named_folders
-from ichbench.commands.plans import fingerprint, plan
+from ichbench.commands.plans import fingerprint, plan, prepare
 from ichbench.commands.training import doctor, train
 from ichbench.errors import CaseError, InputError
 
@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(postprocessing, name="postprocess", help="Keep only largest components where cross-validation says that it helps.")
 app.add_typer(nnunet, name="nnunet", help="Trained models from nnU-Net v2 and to it.")
-for command in (fingerprint, plan, train, predict, select, ensemble, board, effects, doctor):
+for command in (fingerprint, plan, prepare, train, predict, select, ensemble, board, effects, doctor):
     app.command()(command)
 ablation = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

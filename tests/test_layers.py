@@ -78,6 +78,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "pipeline",
         "survey",
         "store",
+        "whole",
     ),
     "network": ("conv", "norm", "blocks", "unet", "winograd", "fast", "losses", "weights", "checkpoint", "nnunet_weights"),
     "inference": (

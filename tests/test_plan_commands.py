@@ -246,3 +246,24 @@ def test_a_label_map_cannot_be_said_to_nnunet(small_phantom: Path, tmp_path: Pat
     assert not (tmp_path / "pre").exists()
     same = declaring(small_phantom, tmp_path / "same", label_map={"1": 1})
     check_expressible(read_cohort(same), PrepareRecipe())
+
+
+def test_prepare_writes_every_case_as_training_sees_it(small_phantom: Path, tmp_path: Path) -> None:
+    from ichbench.prepare.pipeline import prepare_case
+    from ichbench.prepare.plan import Plan
+    from ichbench.prepare.store import list_prepared, read_prepared
+    from ichbench.recipe import Recipe
+
+    out = tmp_path / "prepared"
+    done = CliRunner().invoke(app, ["prepare", str(small_phantom), "--out", str(out), "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    cohort = read_cohort(small_phantom)
+    assert sorted(list_prepared(out / "cases")) == sorted(record.id for record in cohort.records)
+    plan = Plan.from_json(json.loads((out / "plan.json").read_text()))
+    for name in (cohort.train_ids[0], cohort.test_ids[0]):
+        own, wanted = read_prepared(out / "cases", name, verify=True), prepare_case(cohort.load(name), Recipe().prepare, plan)
+        np.testing.assert_array_equal(own.image_czyx, wanted.image_czyx)
+        assert own.labels_zyx is not None
+        np.testing.assert_array_equal(own.labels_zyx, wanted.labels_zyx)
+    again = CliRunner().invoke(app, ["prepare", str(small_phantom), "--out", str(out)])
+    assert "not an empty folder" in str(again.exception)

@@ -24,7 +24,7 @@ Kind = Literal["prepare", "previous", "train", "predict", "postprocess", "score"
 
 #: the modules whose sources (with all they import) decide a step's result
 STAGE_MODULES: dict[Kind, tuple[str, ...]] = {
-    "prepare": ("ichbench.cases.cohort", "ichbench.prepare.pipeline", "ichbench.prepare.survey", "ichbench.prepare.store"),
+    "prepare": ("ichbench.cases.cohort", "ichbench.prepare.whole"),
     "previous": ("ichbench.cases.cohort", "ichbench.inference.cascade", "ichbench.prepare.store"),
     "train": ("ichbench.prepare.store", "ichbench.training.trainer"),
     "predict": ("ichbench.cases.cohort", "ichbench.inference.predictors", "ichbench.network.weights"),

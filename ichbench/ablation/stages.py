@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.cases.cohort import Cohort
-from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
 
 
@@ -63,26 +62,14 @@ def _set_threads(threads: int) -> None:
 
 def _prepare(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
-    from ichbench.prepare.locations import location_classes
-    from ichbench.prepare.pipeline import prepare_case
-    from ichbench.prepare.store import write_prepared
-    from ichbench.prepare.survey import cohort_fingerprint, cohort_plan
+    from ichbench.prepare.whole import prepare_cohort
     from ichbench.recipe import PlanRecipe, PrepareRecipe
 
-    prepare, plan_recipe = task.model("prepare", PrepareRecipe), task.model("plan", PlanRecipe)
+    prepare = task.model("prepare", PrepareRecipe)
     cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
     _check_digests(cohort, task.spec["cases"])
-    ids = list(task.spec["cases"])
-    keep = prepare.compatibility == "nnunet"
-    found = cohort_fingerprint(cohort, ids, prepare)
-    plan = cohort_plan(cohort, found, prepare, plan_recipe)
-    write_atomically(task.out / "fingerprint.json", json.dumps(found.to_json(), indent=1).encode())
-    write_atomically(task.out / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
+    plan = prepare_cohort(cohort, list(task.spec["cases"]), prepare, task.model("plan", PlanRecipe), task.out)
     print("\n".join(plan.explain()), flush=True)  # noqa: T201
-    regions = cohort.rules.targets if cohort.rules.has_regions else ()
-    classes = location_classes(cohort.labels.values(), cohort.ignore_label, regions)
-    for name in ids:
-        write_prepared(task.out / "cases", prepare_case(cohort.load(name, keep), prepare, plan, classes))
     return {"plan": plan.explain()}
 
 

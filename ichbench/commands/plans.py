@@ -67,6 +67,27 @@ def plan(
         _write_nnunet(out, found, {"dataset_fingerprint.json": measured.to_text(), name: plans_text(table)}, overwrite)
 
 
+def prepare(
+    cohort: Annotated[Path, typer.Argument(help="a cohort folder or cohort.csv")],
+    out: Annotated[Path, typer.Option(help="new folder for fingerprint.json, plan.json and cases/")],
+    recipe: Annotated[str | None, typer.Option(help="an arm (name or TOML file); its prepare and plan tables are taken")] = None,
+    compatibility: Annotated[str | None, typer.Option(help="ichbench, or nnunet: axes, draws and digits as nnU-Net's")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="cases measured at once (default: every available core)")] = None,
+) -> None:
+    """Prepare every case as training sees it: .npy arrays on the working grid, with their sha256 and the way back."""
+    from ichbench.prepare.whole import prepare_cohort
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists and is not an empty folder; give a new one")
+    found, measured, chosen = _measured(cohort, recipe, compatibility, None, False, workers)
+    ids = [record.id for record in found.records]
+    planned = prepare_cohort(found, ids, chosen.prepare, chosen.plan, out, measured, _counted(len(ids), "prepared"))
+    typer.echo("\n".join(planned.explain()))
+    typer.echo(
+        f"\n{len(ids)} cases in {out / 'cases'}, one folder each: image.npy (c, z, y, x), labels.npy where there is a mask, case.json"
+    )
+
+
 def _measured(
     cohort: Path,
     arm: str | None,
@@ -103,15 +124,15 @@ def _measured(
     return found, measured, chosen
 
 
-def _counted(n_cases: int) -> Callable[[str], None]:
-    """Shows on a terminal, and only there, how many cases were measured."""
+def _counted(n_cases: int, done_to: str = "measured") -> Callable[[str], None]:
+    """Shows on a terminal, and only there, how many cases were measured (or whatever is done to them)."""
     done: list[str] = []
 
     def show(case_id: str) -> None:
         done.append(case_id)
         if sys.stderr.isatty():
             end = "\n" if len(done) == n_cases else ""
-            typer.echo(f"\rmeasured {len(done)} of {n_cases} cases{end}", err=True, nl=False)
+            typer.echo(f"\r{done_to} {len(done)} of {n_cases} cases{end}", err=True, nl=False)
 
     return show
 
