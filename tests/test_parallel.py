@@ -27,6 +27,15 @@ from ichbench.training.parallel import ALONE, Team
 from ichbench.training.trainer import train
 
 STEPS = 10
+#: the lowest head of three stages is never trained, so it has no gradient that could be averaged
+DEEP = replace(
+    SOLID,
+    features=(4, 8, 8),
+    strides=(*SOLID.strides, (1, 2, 2)),
+    kernels=(*SOLID.kernels, (3, 3, 3)),
+    convs_per_stage=(2, 2, 2),
+    decoder_convs=(2, 2),
+)
 SETTINGS: dict[str, tuple[LabelRules, dict[str, Any], str]] = {
     "batch dice": (plain_rules(2), {"batch_dice": True}, "dice_ce"),
     "dice of samples": (plain_rules(2), {}, "dice_ce"),
@@ -40,7 +49,7 @@ def steps_of(team: Team, name: str, batch_size: int) -> tuple[list[float], str]:
     """Ten steps on drawn batches: the losses, and what the weights are in the end."""
     rules, settings, loss = SETTINGS[name]
     torch.set_num_threads(1)
-    network = make_unet(SOLID, NetworkRecipe(), seed=1).double()
+    network = make_unet(DEEP, NetworkRecipe(), seed=1).double()
     trained = team.wrapped(network)
     optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9, nesterov=True)
     how = Supervision(rules, **settings, pooled=None if team.size == 1 else team.pooled)
@@ -78,7 +87,7 @@ def one_process(rank: int, size: int, folder: str) -> None:
 
 def trained(team: Team, out: Path) -> list[Any]:
     """Two epochs by the trainer itself, batches of three; a second call finds the training finished."""
-    plan = replace(SOLID, batch_size=3)
+    plan = replace(DEEP, batch_size=3)
     result = train(blob_cases(3), blob_cases(2, 50), plan, NetworkRecipe(), QUICK, 0, out, team=team)
     return [result.final_sha256, result.best_sha256, result.moving_average, result.epochs]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from model_folders import small_plan, write_model
@@ -12,8 +13,9 @@ from ichbench.cases.case import Grid
 from ichbench.cases.images import read_labels, write_image
 from ichbench.errors import CaseError, InputError
 from ichbench.inference import model as module
-from ichbench.inference.model import Model, load_model, predict_path
+from ichbench.inference.model import Model, load_model, predict_path, read_case
 from ichbench.prepare.window import ConstantImageWarning
+from ichbench.recipe import PrepareRecipe
 
 GRID = Grid((6, 20, 22), np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
 
@@ -112,3 +114,17 @@ def test_half_precision_is_refused_before_an_image_is_read(images: Path, tmp_pat
     monkeypatch.setattr(module, "read_case", lambda *_: pytest.fail("an image was read"))
     with pytest.raises(InputError, match="'fp16' is for GPUs"):
         list(predict_path(model, images, tmp_path / "out"))
+
+
+def test_a_model_of_turned_cases_takes_every_orientation(tmp_path: Path) -> None:
+    """prepare.reorient turns every case to one orientation, so the file's own is of no interest, and the mask is written back in it."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(8, 10, 6)).astype(np.float32)
+    affines = {"one": np.diag([2.0, 3, 5, 1]), "other": np.diag([-2.0, -3, -5, 1])}
+    nibabel.save(nibabel.Nifti1Image(values, affines["one"]), tmp_path / "one.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(values[::-1, ::-1, ::-1], affines["other"]), tmp_path / "other.nii.gz")
+    recipe = PrepareRecipe(reorient=True)
+    one, other = (read_case(name, [tmp_path / f"{name}.nii.gz"], recipe, "SAR")[0] for name in affines)
+    np.testing.assert_array_equal(one.image_czyx, other.image_czyx)
+    with pytest.raises(InputError, match="store the image in the model's orientation"):
+        read_case("other", [tmp_path / "other.nii.gz"], PrepareRecipe(), "RAS")

@@ -9,10 +9,12 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -607,3 +609,14 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_touched(tmp_path: Pat
     three = learn(tmp_path / "three", plan=replace(SOLID, n_classes=3), pretrained=first.final)
     network = make_unet(replace(SOLID, n_classes=3), NetworkRecipe())
     load_weights(network, three.final)
+
+
+def test_other_labels_of_the_first_stage_are_other_data(tmp_path: Path) -> None:
+    plan = replace(SOLID, in_channels=2)
+    cases = [replace(case, previous_zyx=(case.labels_zyx > 0).astype(np.uint8)) for case in blob_cases(3)]
+    empty = [replace(case, previous_zyx=np.zeros_like(case.previous_zyx)) for case in cases]
+    with pytest.raises(Killed):
+        learn(tmp_path, 4, plan=plan, cases=cases, validation_cases=[])
+    with pytest.raises(InputError, match=r"data\.b0 was"):
+        learn(tmp_path, plan=plan, cases=empty, validation_cases=[])
+    learn(tmp_path, plan=plan, cases=cases, validation_cases=[])

@@ -116,7 +116,7 @@ def test_killed_anywhere_it_ends_the_same(where: str, done: tuple[Wanted, Fold],
 
     with monkeypatch.context() as patch:
         if where == "preparing":
-            patch.setattr("ichbench.prepare.store.write_prepared", die)
+            patch.setattr("ichbench.prepare.whole.write_prepared", die)
         elif where == "predicting":
             patch.setattr("ichbench.cases.images.write_labels", die)
         elif where == "scoring":
@@ -242,3 +242,31 @@ def test_the_command(done: tuple[Wanted, Fold], tmp_path: Path) -> None:
     unknown = CliRunner().invoke(app, [*common, "--log", "wandb"])
     assert "give tensorboard or mlflow" in str(unknown.exception)
     assert places(wanted.out / "checkpoints")
+
+
+def test_overwrite_that_cannot_begin_leaves_the_finished_fold_whole(done: tuple[Wanted, Fold], tmp_path: Path) -> None:
+    """Weights that do not fit, and a batch that no team could split, are found before anything is lost."""
+    wanted = copy(done, tmp_path / "out")
+    before = {path.relative_to(wanted.out): path.read_bytes() for path in wanted.out.rglob("*") if path.is_file()}
+    other = tmp_path / "wide.toml"
+    other.write_text('why = "x"\n[network]\nconvs_per_stage = 3\n')
+    with pytest.raises(InputError, match="nothing was loaded"):
+        go(replace(wanted, arm=str(other), pretrained=done[0].out / "final.safetensors", overwrite=True))
+    after = {path.relative_to(wanted.out): path.read_bytes() for path in wanted.out.rglob("*") if path.is_file()}
+    assert after == before
+    assert go(wanted).rows == done[1].rows
+    # and one that can begin replaces everything
+    again = go(replace(wanted, seed=1, overwrite=True))
+    assert facts(wanted.out) != facts(done[0].out)
+    assert {row.seed for row in again.rows} == {"1"}
+    assert not (wanted.out / ".replaced").exists()
+
+
+def test_prepared_arrays_that_changed_are_noticed(done: tuple[Wanted, Fold], tmp_path: Path) -> None:
+    wanted = copy(done, tmp_path / "out")
+    image = next((wanted.out / "prepared/cases").glob("*/image.npy"))
+    content = bytearray(image.read_bytes())
+    content[-1] ^= 0x80
+    image.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="image.npy has changed since it was written"):
+        go(replace(wanted, extend_to=4))

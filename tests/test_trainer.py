@@ -264,6 +264,16 @@ def test_batch_norm_learns_and_validation_leaves_its_averages_alone(tmp_path: Pa
         settings = InferenceRecipe(mirror=False, convolution=convolution)  # type: ignore[arg-type]
         found = predict_logits(trained, one.image_czyx, SOLID, settings).argmax(0) == 1
         assert 2 * (found & (one.labels_zyx == 1)).sum() / (found.sum() + (one.labels_zyx == 1).sum()) > 0.7
+    # a stored mean takes no constant away, so the biases must be there whichever way is taken
+    with torch.no_grad():
+        for name, value in trained.named_parameters():
+            if name.endswith("conv.bias"):
+                value += 0.5
+    answers = [
+        predict_logits(trained, one.image_czyx, SOLID, InferenceRecipe(mirror=False, convolution=way))  # type: ignore[arg-type]
+        for way in ("direct", "winograd")
+    ]
+    np.testing.assert_allclose(answers[0], answers[1], rtol=1e-4, atol=1e-4)
     # what batch norm is for: a sample's answer in training depends on the others of its batch, at prediction it does not
     image = torch.from_numpy(np.stack([one.image_czyx[:, 1:5, :16, :16], blob_cases(1, 5)[0].image_czyx[:, 1:5, :16, :16] * 3]))
     trained.eval()

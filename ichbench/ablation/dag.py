@@ -209,8 +209,8 @@ class _Maker:
         known = tuple(name for names in folds.values() for name in names)
         if missing := sorted(set(self.cohort.train_ids) - set(known)):
             raise InputError(
-                f"arm {arm.name}: the second stage of a cascade learns from the first stage's masks of held-out cases, but no fold holds "
-                f"out {', '.join(missing[:5])}; let the folds of splits_final.json cover every training case"
+                f"arm {arm.name}: the second stage of a cascade learns from the first stage's masks of held-out cases, but none of "
+                f"the folds 0 to {N_FOLDS - 1} holds out {', '.join(missing[:5])}; let these five cover every training case"
             )
         spec = {
             "prepare": arm.recipe.prepare.model_dump(mode="json"),

@@ -10,10 +10,11 @@ The stages are those of a study's steps. Started again, every part goes on where
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,13 @@ def train_fold(job: Job, sinks: Sequence[Callable[[dict[str, Any]], None]] = (),
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock", timeout=0)
         with lock:
-            if wanted.overwrite:
-                _clear(out)
-            else:
+            if not wanted.overwrite:
                 _refuse_other(out, identity)
-            write_atomically(out / FOLD, seal(identity))
-            _prepare(job, say)
-            team.wait()
-            return _train_and_score(job, sinks, options, say)
+            with _set_aside(out) if wanted.overwrite else contextlib.nullcontext():
+                write_atomically(out / FOLD, seal(identity))
+                _prepare(job, say)
+                team.wait()
+                return _train_and_score(job, sinks, options, say)
     except Timeout:
         raise InputError(f"another process is training in {out}; wait until it has ended, or give another folder") from None
 
@@ -243,12 +243,32 @@ def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
     refuse_other(f"--out {out}", found, identity)
 
 
-def _clear(out: Path) -> None:
-    """What an earlier training left; its weights and checkpoints are the trainer's to remove, once it can begin."""
-    for name in ("predictions", "prepared"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (FOLD, SCORED, "scores.csv", "curves.png", "model.json", "plan.json", "fingerprint.json"):
-        (out / name).unlink(missing_ok=True)
+#: what an earlier training left beside weights and checkpoints, which are the trainer's to remove, once it can begin
+LEFT = (FOLD, SCORED, "predictions", "prepared", "scores.csv", "curves.png", "model.json", "plan.json", "fingerprint.json")
+
+
+@contextlib.contextmanager
+def _set_aside(out: Path) -> Iterator[None]:
+    """Inside, an earlier training's results lie aside; they come back if the new training could not even begin."""
+    aside, mark = out / ".replaced", out / "training.json"
+    before = mark.read_bytes() if mark.is_file() else None
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in LEFT:
+        if (out / name).exists():
+            (out / name).rename(aside / name)
+    try:
+        yield
+    except InputError:
+        # the trainer rewrites its mark once it begins; until then the old weights are there, and so must be what belongs to them
+        if (mark.read_bytes() if mark.is_file() else None) == before:
+            for name in LEFT:
+                shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+            for path in list(aside.iterdir()):
+                path.rename(out / path.name)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ A stage reads its spec and the finished inputs, and writes files into one folder
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -115,14 +116,18 @@ def train_stage(task: Task, **options: Any) -> dict[str, Any]:
     plan = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
     store = task.inputs["prepare"] / "cases"
     names = list(dict.fromkeys([*task.spec["train"], *task.spec["validate"]]))
-    cases = {}
+    cases, digests = {}, {}
     for name in names:
-        prepared = read_prepared(store, name)
+        # a resumed training must not go on from other arrays than it began with
+        prepared = read_prepared(store, name, verify=True)
+        digests[name] = prepared_digest(store, name)
         if prepared.labels_zyx is None:
             raise InputError(f"prepared case {name} has no labels; training needs them")
         previous = None
         if "previous" in task.inputs:
-            previous = np.load(task.inputs["previous"] / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            path = task.inputs["previous"] / f"{name}.npy"
+            previous = np.load(path, mmap_mode="r", allow_pickle=False)
+            digests[name] += hashlib.sha256(path.read_bytes()).hexdigest()
         cases[name] = TrainingCase(name, prepared.image_czyx, prepared.labels_zyx, prepared.foreground, previous)
     rules = rules_from_json(task.spec["labels"])
     result = train(
@@ -136,7 +141,7 @@ def train_stage(task: Task, **options: Any) -> dict[str, Any]:
         task.device,
         task.threads,
         rules=rules,
-        digests={name: prepared_digest(store, name) for name in names},
+        digests=digests,
         **options or {"saving": Saving(task.kept, keep=False), "say": lambda text: print(text, flush=True)},  # noqa: T201
     )
     about = {name: getattr(result, name) for name in ("epochs", "best_epoch", "moving_average", "pseudo_dice", "stopped_early")}

@@ -48,7 +48,10 @@ def train(
             warnings.simplefilter("ignore")
             # the leading process may have a phantom to write first
             team.wait()
-            train_fold(plan_fold(wanted), team=team)
+            try:
+                train_fold(plan_fold(wanted), team=team)
+            except KeyboardInterrupt:
+                raise typer.Exit(INTERRUPTED) from None
             return
         warnings.showwarning = _say_warning
         try:

@@ -269,7 +269,8 @@ def _one_file_each(folder: Path, paths: Sequence[Path]) -> dict[str, tuple[Path,
 
 
 def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_zyx: str | None) -> tuple[Case, tuple[str, ...]]:
-    """The case as a model wants it: channels stacked, axes turned to those of its training cases (`axes_zyx`); and notes."""
+    """The case as a model wants it: channels stacked, axes turned to those of its training cases (`axes_zyx`, or what
+    `recipe.reorient` turns every case to); and notes."""
     keep = recipe.compatibility == "nnunet"
     notes: list[str] = []
     first, grid = read_image(files[0], keep_file_order=keep)
@@ -287,7 +288,9 @@ def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_z
             # as in nnU-Net, which compares shape and spacing alone
             notes.append(f"{path.name} lies elsewhere than {files[0].name}; the voxels were taken as they lie")
         volumes.append(volume)
-    if not keep and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
+    if not keep and recipe.reorient:
+        volumes, grid = reorient(volumes, grid)
+    elif not keep and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
         # the network has only seen heads that lie the way its cohort did; the grid remembers how to write the mask back
         volumes, grid = reorient(volumes, grid)
         if grid.axis_codes_zyx != axes_zyx:

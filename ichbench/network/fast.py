@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ichbench.network.norm import NormAct
+from ichbench.network.norm import BatchNormAct, NormAct
 from ichbench.network.unet import UNet
 from ichbench.network.winograd import WinogradConv, is_plain
 
@@ -26,7 +26,11 @@ FEW = 9
 
 
 def fast_network(network: UNet) -> UNet:
-    """`network` with the same weights (shared, not copied) and faster parts. Made for one image: its weights must not change meanwhile."""
+    """`network` with the same weights (shared, not copied) and faster parts. Made for one image: its weights must not change meanwhile.
+    A network with batch norm is given back as it is."""
+    if any(isinstance(module, BatchNormAct) for module in network.modules()):
+        # the parts below rely on a norm that takes every constant away, which stored means do not
+        return network.eval()
     shared = {id(value): value for value in (*network.parameters(), *network.buffers())}
     found = copy.deepcopy(network, shared).eval()
     for module in list(found.modules()):

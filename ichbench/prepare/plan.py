@@ -107,10 +107,9 @@ def make_plan(
     if recipe.stage == "fullres":
         return fullres
     if lowres.sized is None:
-        share = f"the full-resolution patch shows {lowres.coverage:.1%} of the median case (limit {lowres.threshold:.1%})"
-        raise InputError(
-            f"plan.stage = {recipe.stage!r}, but there is no low-resolution stage for this cohort: {share}; use stage = 'fullres'"
-        )
+        share = f"nnU-Net's own full-resolution patch shows {lowres.coverage:.1%} of the median case (limit {lowres.threshold:.1%})"
+        said = f"plan.stage = {recipe.stage!r}, but there is no low-resolution stage for this cohort: {share}"
+        raise InputError(f"{said}, or it would save too little (ichbench plan says which); use stage = 'fullres'")
     return lowres.sized.plan if recipe.stage == "lowres" else second_stage(fullres)
 
 

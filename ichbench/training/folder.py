@@ -258,6 +258,8 @@ def _look(out: Path, checkpoints: Path, identity: dict[str, Any], extend: bool) 
 def _digest(case: TrainingCase) -> str:
     digest = hashlib.sha256()
     arrays: list[NDArray[Any]] = [case.image_czyx, case.labels_zyx, *(case.foreground[key] for key in sorted(case.foreground, key=str))]
+    if case.previous_zyx is not None:
+        arrays.append(case.previous_zyx)
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)

@@ -71,8 +71,8 @@ class Team:
         """The network whose gradients are averaged over the processes while they are computed."""
         if self.size == 1:
             return network
-        # static: the lowest deep-supervision head never has a gradient
-        return nn.parallel.DistributedDataParallel(network, static_graph=True)
+        # the lowest deep-supervision head never has a gradient
+        return nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
 
     def wait(self) -> None:
         """Until every process is here."""

@@ -148,6 +148,9 @@ def train(
                 team.told(("done", result := run.write(out, about)))
             write_mark(out, replace(opened, result=result_table(result)), now)
             disk.clear(checkpoints, 1 if saving.keep else 0)
+            if run.stop.is_set() and saving.keep:
+                # the training is whole; what would follow it was asked to stop (a study publishes it first)
+                raise KeyboardInterrupt
             return result
 
 
