@@ -268,5 +268,5 @@ def test_prepared_arrays_that_changed_are_noticed(done: tuple[Wanted, Fold], tmp
     content = bytearray(image.read_bytes())
     content[-1] ^= 0x80
     image.write_bytes(bytes(content))
-    with pytest.raises(InputError, match="image.npy has changed since it was written"):
+    with pytest.raises(InputError, match=r"image\.npy has changed since it was written"):
         go(replace(wanted, extend_to=4))
