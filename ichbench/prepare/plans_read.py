@@ -21,8 +21,8 @@ from ichbench.prepare.plans_json import DEPTH_KEY, LABEL_MANAGER, NETWORKS, NORM
 from ichbench.prepare.topology import Ints, Network, feature_map_elements
 
 MOST_STAGES = 32
-#: no scan is sampled finer or coarser than this, and no machine holds a larger patch (2**28 voxels: 1 GiB a channel)
-LEAST_MM, MOST_MM, MOST_PATCH_VOXELS, MOST_BATCH = 0.01, 1000.0, 2**28, 10**6
+#: no plan is finer or coarser than this (nnU-Net makes plans of 1.4 m slices from odd enough cohorts), and no machine holds a larger patch (2**28 voxels: 1 GiB a channel)
+LEAST_MM, MOST_MM, MOST_PATCH_VOXELS, MOST_BATCH = 0.01, 1e5, 2**28, 10**6
 #: what nnU-Net's resampling takes for an entry that its settings lack (nnunetv2 2.8.1, resample_data_or_seg_to_shape)
 RESAMPLER_DEFAULTS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": False, "separate_z_anisotropy_threshold": 3}
 #: where else a release of nnU-Net says that the same two networks are
@@ -218,7 +218,7 @@ def _check_consistent(plan: Plan, where: str) -> None:
     if plan.batch_size > MOST_BATCH:
         raise InputError(f"{where}: batch_size {plan.batch_size:.3g} is above {MOST_BATCH:,}; correct the file")
     if not all(LEAST_MM <= value <= MOST_MM for value in plan.spacing):
-        raise InputError(f"{where}: spacing {list(plan.spacing)} is not within {LEAST_MM:g} to {MOST_MM:g} mm; correct the file")
+        raise InputError(f"{where}: spacing {list(plan.spacing)} is not within {LEAST_MM:g} to {MOST_MM:,.0f} mm; correct the file")
     if any(n % by for n, by in zip(plan.patch_size, divisor, strict=True)):
         raise InputError(f"{where}: patch_size {list(plan.patch_size)} is not a multiple of the strides' product {divisor.tolist()}")
     if not len(plan.channels) == len(plan.normalization) == len(plan.use_mask_for_norm):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-STEPS, EPOCHS, MIRRORED = 60, 4, (0, 2)
+NUMBER, STEPS, EPOCHS, MIRRORED = 904, 60, 4, (0, 2)
 
 
 def train_hippocampus(shared_data: Path, folders: Path, seed: int) -> Path:
@@ -45,12 +45,13 @@ def train_hippocampus(shared_data: Path, folders: Path, seed: int) -> Path:
 
     # a result folder is named after its trainer, and found again by that name
     Quick.__name__ = "nnUNetTrainer"
-    data = "Dataset004_Hippocampus"
-    shutil.copytree(shared_data / data, folders / "raw" / data, copy_function=os.symlink)
+    # under a number of its own: other tests plan Dataset004
+    data = f"Dataset{NUMBER}_Hippocampus"
+    shutil.copytree(shared_data / "Dataset004_Hippocampus", folders / "raw" / data, copy_function=os.symlink)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    extract_fingerprints([4], num_processes=1, check_dataset_integrity=False)
-    plan_experiments([4], overwrite_target_spacing=(1.5, 1.5, 1.5))
+    extract_fingerprints([NUMBER], num_processes=1, check_dataset_integrity=False)
+    plan_experiments([NUMBER], overwrite_target_spacing=(1.5, 1.5, 1.5))
     where = folders / "preprocessed" / data
     plans = json.loads((where / "nnUNetPlans.json").read_text())
     chosen = plans["configurations"]["3d_fullres"]
@@ -58,7 +59,7 @@ def train_hippocampus(shared_data: Path, folders: Path, seed: int) -> Path:
     network["features_per_stage"] = [min(64, 8 * 2**stage) for stage in range(network["n_stages"])]
     chosen["batch_size"] = 2
     (where / "nnUNetPlans.json").write_text(json.dumps(plans))
-    preprocess([4], configurations=("3d_fullres",), num_processes=(1,))
+    preprocess([NUMBER], configurations=("3d_fullres",), num_processes=(1,))
     before = os.environ.get("nnUNet_n_proc_DA")
     os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
     try:
