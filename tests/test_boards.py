@@ -61,6 +61,8 @@ def study(arms: tuple[str, ...] = ("one", "two", "three"), n: int = 35, seed: in
                 "empty_prediction": 0.0,
                 "empty_reference": 0.0,
             }
+            # the shares of the last of many arms would fall below 0
+            values |= {name: min(max(values[name], 0.0), 1.0) for name in ("dice", "nsd")}
             rows += [Score(arm, "-", "-", f"c{c:02}", metric, float(value)) for metric, value in values.items()]
     return rows
 

@@ -212,6 +212,12 @@ def test_a_table_without_more_than_rows(tmp_path: Path) -> None:
         ("a,-,mean,1,10,S\n", "a place, and nothing else, has the metric '-'"),
         ("a,hd,infinite:,1,10,S\n", "names a case after the colon"),
         ("a,hd,infinite:7,192,10,S\n", "names a case after the colon"),
+        ("a,dice,mean,65,10,S\n", r"line 2: the value is 65 \(column 4\): dice is a share and cannot be above 1 \(in percent"),
+        ("a,dice,median,inf,10,S\n", r"line 2: the value is inf \(column 4\): dice is a share"),
+        ("a,hd,mean,5,10,S\nb,hd,min,-5,10,S\n", r"line 3: the value is -5 \(column 4\): hd cannot be below 0"),
+        ("a,hd,mean,-inf,10,S\n", r"line 2: the value is -inf \(column 4\): hd cannot be below 0"),
+        ("a,hd,sd,-1,10,S\n", r"line 2: the value is -1 \(column 4\): sd cannot be below 0"),
+        ("a,-,place,-2.5,10,S\n", r"line 2: the value is -2.5 \(column 4\): a place is 1 or more"),
         ("", "has no rows"),
     ],
 )

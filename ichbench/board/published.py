@@ -20,7 +20,7 @@ from ichbench.board.cube import better_of
 from ichbench.board.ranking import SCHEMES, TIES, Ties, get_scheme, ranks_of_means
 from ichbench.board.summary import ArmSummary, listed
 from ichbench.errors import InputError
-from ichbench.scoring.protocol import split_metric
+from ichbench.scoring.protocol import split_metric, why_impossible
 from ichbench.scoring.strict_csv import check_names, in_short, numbers_of, read_lines
 
 HEADER = ("team", "metric", "statistic", "value", "n", "source")
@@ -203,6 +203,14 @@ def _problems(metric: str, statistic: str, value: float, n: float) -> list[str]:
             split_metric(metric)
         except InputError as error:
             found.append(f"(column 2) {error}")
+        else:
+            # a spread has the unit of its metric, and none is negative
+            why = "sd cannot be below 0" if statistic == "sd" and value < 0 else ""
+            if statistic != "sd" and statistic in STATISTICS:
+                why = why_impossible(metric, value)
+            found += [f"the value is {value:g} (column 4): {why}"] if why else []
+    elif statistic == "place" and not 1 <= value < math.inf:
+        found.append(f"the value is {value:g} (column 4): a place is 1 or more")
     if statistic.startswith(INFINITE):
         if statistic == INFINITE or value not in (0.0, 1.0) or metric == "-":
             found.append(f"{statistic!r} (column 3) names a case after the colon, a metric, and has the value 1")

@@ -14,7 +14,7 @@ from ichbench.board.strata import KINDS
 from ichbench.board.summary import DEFAULT_METRICS, Clusters, listed
 from ichbench.errors import InputError
 from ichbench.scoring.score import Score
-from ichbench.scoring.tables import read_scores
+from ichbench.scoring.tables import read_score_files
 
 #: What `--cluster` may be: group (patients) where cases share one, a column of cases.csv, or nothing.
 CLUSTERS = ("auto", "group", "site", "none")
@@ -40,10 +40,10 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read `path`, a folder with scores.csv or such a file. InputError with the file's name for whatever is damaged."""
     if not path.is_dir():
-        return Run(read_scores(path), {}, None, (), {}, {})
+        return Run(read_score_files([path], known_metrics=True), {}, None, (), {}, {})
     if not (path / "scores.csv").is_file():
         raise InputError(f"{path} holds no scores.csv; give the folder of a finished run-ablation, or a scores.csv")
-    rows = read_scores(path / "scores.csv")
+    rows = read_score_files([path / "scores.csv"], known_metrics=True)
     about = _json(path / "run.json") | _json(path / "board.json")
     scored = {row.arm for row in rows}
     arms = tuple(str(arm) for arm in about.get("arms", ()) if arm in scored)

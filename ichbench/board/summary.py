@@ -23,7 +23,7 @@ from ichbench.board.intervals import LEVEL as LEVEL
 from ichbench.board.intervals import FloatArray as FloatArray
 from ichbench.board.intervals import exact_mean as exact_mean
 from ichbench.errors import InputError
-from ichbench.scoring.protocol import MARKS, split_metric
+from ichbench.scoring.protocol import MARKS, range_of
 from ichbench.scoring.tables import percentiles
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ Clusters = Mapping[str, str] | None
 DEFAULT_METRICS = ("dice", "nsd", "rvd", "hd", "hd95")
 #: Below this many cases (or clusters) a board says that its intervals are rough: a nominal 95 % covers 91-96 % at 13.
 ROUGH_BELOW_CASES = 30
-#: Metrics between 0 and 1, and those that may be negative; all others are 0 or more. An interval ends where its metric does.
-SHARES = (
-    "dice", "nsd", "iou", "sensitivity", "precision", "boundary_iou", "nsd_voxels", "nsd_fractions",
-    "lesion_f1", "lesion_sensitivity", "lesion_precision", "pq", "lesionwise_dice", *MARKS,
-)  # fmt: skip
-SIGNED = ("rvd_signed", "volume_bias_ml")
 #: How many offenders an error message spells out.
 LISTED = 8
 
@@ -247,8 +241,7 @@ def within_range(metric: str, ends: tuple[float, float], values: Sequence[float]
 
     Where a value itself lies beyond (a Dice in percent), nothing is known of the range and nothing is cut.
     """
-    low = -math.inf if split_metric(metric)[0] in SIGNED else 0.0
-    high = width_of(metric)
+    low, high = range_of(metric)
     if not all(low <= value <= high for value in values):
         return ends
     # max and min would turn nan, which says that there is no interval, into a bound
@@ -257,7 +250,8 @@ def within_range(metric: str, ends: tuple[float, float], values: Sequence[float]
 
 def width_of(metric: str) -> float:
     """How far apart two values of a metric can be: 1 for shares, else infinite."""
-    return 1.0 if split_metric(metric)[0] in SHARES else math.inf
+    low, high = range_of(metric)
+    return high - low
 
 
 def generator_for(seed: int, *names: str) -> np.random.Generator:
