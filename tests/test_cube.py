@@ -48,7 +48,12 @@ def test_seeds_and_folds_are_averaged_within_a_case() -> None:
         Score("a", fold, seed, "c", "dice", v) for fold, seed, v in (("0", "0", 0.1), ("1", "0", 0.2), ("0", "1", 0.6), ("1", "1", NAN))
     ]
     cube = cube_of_rows([*rows, Score("b", "-", "-", "c", "dice", 0.4)], ("dice",))
-    assert cube.values_mac[0, :, 0].tolist() == [pytest.approx(0.3), 0.4]
+    assert cube.values_mac[0, :, 0].tolist() == [pytest.approx(0.375), 0.4]
+    # seed 0 has five folds and seed 1 one: each seed counts once
+    uneven = [*(Score("a", fold, "0", "c", "dice", 0.9) for fold in "01234"), Score("a", "0", "1", "c", "dice", 0.3)]
+    assert cube_of_rows(uneven, ("dice",)).values_mac.item() == pytest.approx(0.6)
+    with pytest.raises(InputError, match="arm 'a' has rows with the seed '-'"):
+        cube_of_rows([*uneven, Score("a", "-", "-", "c", "dice", 0.9)], ("dice",))
     infinite = cube_of_rows([Score("a", "-", seed, "c", "hd", value) for seed, value in (("0", INF), ("1", 2.0))], ("hd",))
     assert infinite.values_mac.item() == INF
     both = cube_of_rows([Score("a", "-", seed, "c", "hd", value) for seed, value in (("0", INF), ("1", -INF))], ("hd",))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.board.summary import listed
+from ichbench.board.summary import listed, mean_of_seeds, refuse_mixed_seeds
 from ichbench.errors import InputError
 from ichbench.scoring.protocol import METRICS, Better, split_metric
 
@@ -97,15 +97,14 @@ def better_of(metric: str) -> Better:
 
 
 def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
-    """Fold score rows; arms and cases in alphabetical order, metrics as given. Seeds and folds of a case are averaged (nan left out).
+    """Fold score rows; arms and cases in alphabetical order, metrics as given. Folds of a seed, then seeds are averaged (nan left out).
 
     A cell is absent when the arm has no such row, or when one of its seeds lacks it: what the other seeds say is another question.
-    InputError: no rows, two rows of one number (all are listed), a metric that no row has, a mark that is neither 0 nor 1.
+    InputError: no rows, two rows of one number (all are listed), an arm with and without seeds, a metric that no row has, a mark that is neither 0 nor 1.
     """
     wanted = frozenset(metrics) | {"empty_prediction", "missing"}
-    runs: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    seeds_of: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    seeds: dict[str, set[str]] = defaultdict(set)
+    runs: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(dict)
+    seeds: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     cases: set[str] = set()
     seen: set[tuple[str, ...]] = set()
     repeated: list[str] = []
@@ -113,19 +112,19 @@ def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
     for row in rows:
         present.add(row.metric)
         cases.add(row.case)
-        seeds[row.arm].add(row.seed)
+        seeds[row.arm][row.seed].add(row.case)
         if row.metric not in wanted:
             continue
         key = tuple(row[:5])
         if key in seen:
             repeated.append(",".join(key))
         seen.add(key)
-        runs[row.metric, row.arm, row.case].append(float(row.value))
-        seeds_of[row.metric, row.arm, row.case].add(row.seed)
+        runs[row.metric, row.arm, row.case].setdefault(row.seed, []).append(float(row.value))
     if not cases:
         raise InputError("there are no score rows, so there is nothing to rank. Score a cohort first")
     if repeated:
         raise InputError(f"duplicate score rows (arm,fold,seed,case,metric): {listed(repeated)}. Keep one row of each")
+    refuse_mixed_seeds(seeds)
     unknown = [metric for metric in metrics if metric not in present]
     if unknown or not metrics:
         raise InputError(f"no score row has the metric {listed(unknown) or '(none given)'}; the rows have {listed(sorted(present))}")
@@ -136,7 +135,8 @@ def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
     case_place = {case: index for index, case in enumerate(ids)}
     metric_place = {metric: index for index, metric in enumerate(metrics)}
     marked = {"empty_prediction": [-1] * len(arms), "missing": [-1] * len(arms)}
-    for (metric, arm, case), found in runs.items():
+    for (metric, arm, case), by_seed in runs.items():
+        found = [value for folds in by_seed.values() for value in folds]
         if metric in marked:
             if any(value not in (0.0, 1.0) for value in found):
                 raise InputError(f"arm {arm!r}, case {case!r}: {metric} is {found[0]!r}; it must be 0 or 1")
@@ -144,8 +144,8 @@ def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
             count[arm_place[arm]] = max(count[arm_place[arm]], 0) + int(max(found))
         if metric in metric_place:
             at = metric_place[metric], arm_place[arm], case_place[case]
-            absent[at] = seeds_of[metric, arm, case] != seeds[arm]
-            values[at] = math.nan if absent[at] else found[0] if len(found) == 1 else _mean_of_runs(found)
+            absent[at] = by_seed.keys() != seeds[arm].keys()
+            values[at] = math.nan if absent[at] else found[0] if len(found) == 1 else mean_of_seeds(by_seed.values())
     return Cube(tuple(metrics), arms, ids, values, absent, tuple(marked["empty_prediction"]), tuple(marked["missing"]))
 
 
@@ -277,9 +277,3 @@ def _holes(cube: Cube, hole: BoolArray) -> str:
         "what a missing value is worth: --missing worst, drop, drop-case, or penalties such as dice=0,hd=374 "
         "(nan may mean that there is nothing to measure, as in two empty masks: then drop-case is fair)"
     )
-
-
-def _mean_of_runs(found: list[float]) -> float:
-    runs = [value for value in found if not math.isnan(value)]
-    both_infinities = math.inf in runs and -math.inf in runs
-    return math.fsum(runs) / len(runs) if runs and not both_infinities else math.nan

@@ -99,10 +99,11 @@ class ArmSummary:
 
 
 def case_table(rows: Iterable[Score], metrics: Sequence[str] = DEFAULT_METRICS) -> CaseTable:
-    """Average seeds and folds within each case; undefined runs (nan) are left out, an infinite run makes the case infinite.
+    """Average folds within each seed and then seeds, within each case; undefined runs (nan) are left out, an infinite one stays.
 
     A metric of `DEFAULT_METRICS` that no row has is left out; any other is an error. InputError also for: no rows, duplicate
-    rows, a case without one of its arm's metrics, seeds of one arm with different cases, a 0/1 row that is neither 0 nor 1.
+    rows, a case without one of its arm's metrics, seeds of one arm with different cases, an arm with and without seeds, a 0/1 row
+    that is neither 0 nor 1.
     """
     marks = tuple(dict.fromkeys(_mark_of(metric, mark) for metric in metrics for mark in MARKS))
     wanted = frozenset(metrics) | frozenset(marks)
@@ -129,19 +130,21 @@ def case_table(rows: Iterable[Score], metrics: Sequence[str] = DEFAULT_METRICS) 
         raise InputError(f"duplicate score rows (arm,fold,seed,case,metric): {listed(repeated)}. Keep one row of each")
     kept = _kept_metrics(metrics, present)
     arms = tuple(sorted(cases_of))
+    refuse_mixed_seeds(cases_of)
     cases = {arm: _cases_of_arm(arm, cases_of[arm]) for arm in arms}
     values: dict[tuple[str, str], FloatArray] = {}
     marked: dict[tuple[str, str], int] = {}
     for arm in arms:
         for metric in kept:
-            by_case = _complete(arm, metric, cases[arm], runs.get((arm, metric), {}))
-            values[arm, metric] = np.array([_mean_of_runs(run) for run in by_case])
+            _complete(arm, metric, cases[arm], runs.get((arm, metric), {}))
+            by_seed = [runs_by_seed[arm, metric, seed] for seed in cases_of[arm]]
+            values[arm, metric] = np.array([mean_of_seeds(folds[case] for folds in by_seed if case in folds) for case in cases[arm]])
         for mark in marks:
             if (arm, mark) in runs:
                 marked[arm, mark] = _count_marked(arm, mark, _complete(arm, mark, cases[arm], runs[arm, mark]))
     seeds = {arm: tuple(sorted(cases_of[arm])) for arm in arms}
     seed_means = {
-        (arm, metric): tuple(_mean_of_runs([_mean_of_runs(run) for run in runs_by_seed[arm, metric, seed].values()]) for seed in seeds[arm])
+        (arm, metric): tuple(mean_of_seeds(runs_by_seed[arm, metric, seed].values()) for seed in seeds[arm])
         for arm in arms
         for metric in kept
     }
@@ -345,8 +348,26 @@ def _complete(arm: str, metric: str, cases: tuple[str, ...], by_case: dict[str, 
     return [by_case[case] for case in cases]
 
 
-def _mean_of_runs(runs: list[float]) -> float:
-    return exact_mean([value for value in runs if not math.isnan(value)])
+def mean_of_seeds(folds_of_seeds: Iterable[Sequence[float]]) -> float:
+    """Folds are averaged first: a seed with five folds counts as much as a seed with one. nan is left out on both levels."""
+    return _mean_of_known([_mean_of_known(folds) for folds in folds_of_seeds])
+
+
+def refuse_mixed_seeds(cases_of: Mapping[str, Mapping[str, set[str]]]) -> None:
+    """InputError for an arm (arm -> seed -> cases) of which a case has rows with a seed and without one: `-` is no further seed."""
+    for arm, by_seed in sorted(cases_of.items()):
+        without = by_seed.get("-", set())
+        both = without & set().union(*(cases for seed, cases in by_seed.items() if seed != "-"))
+        if both:
+            seeds = listed(sorted(seed for seed in by_seed if seed != "-"))
+            raise InputError(
+                f"arm {arm!r} has rows with the seed '-' (no seed, or an ensemble) beside those of the seeds {seeds} for {len(both)} "
+                f"cases: {listed(sorted(both))}. These are two arms: name them apart, or keep one of them"
+            )
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    return exact_mean([value for value in values if not math.isnan(value)])
 
 
 def _count_marked(arm: str, mark: str, runs_by_case: list[list[float]]) -> int:
