@@ -76,7 +76,7 @@ def test_a_seed_with_more_folds_counts_as_much_as_another() -> None:
 
 def test_an_ensemble_is_no_further_seed() -> None:
     rows = rows_of({"x": 0.9}, seed="-") + rows_of({"x": 0.5}, seed="0")
-    with pytest.raises(InputError, match="arm 'a' has rows with the seed '-' .* beside those of the seeds 0 for 1 cases: x"):
+    with pytest.raises(InputError, match=r"arm 'a' has rows with the seed '-' .* beside those of the seeds 0 for 1 cases: x"):
         case_table(rows, ("dice",))
 
 

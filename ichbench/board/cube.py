@@ -100,7 +100,8 @@ def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
     """Fold score rows; arms and cases in alphabetical order, metrics as given. Folds of a seed, then seeds are averaged (nan left out).
 
     A cell is absent when the arm has no such row, or when one of its seeds lacks it: what the other seeds say is another question.
-    InputError: no rows, two rows of one number (all are listed), an arm with and without seeds, a metric that no row has, a mark that is neither 0 nor 1.
+    InputError: no rows, two rows of one number (all are listed), an arm with and without seeds, a metric that no row
+    has, a mark that is neither 0 nor 1.
     """
     wanted = frozenset(metrics) | {"empty_prediction", "missing"}
     runs: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from ichbench.board.strata import KINDS
 from ichbench.board.summary import DEFAULT_METRICS, Clusters, listed
 from ichbench.errors import InputError
 from ichbench.scoring.score import Score
+from ichbench.scoring.strict_csv import columns_of, read_lines
 from ichbench.scoring.tables import read_score_files
 
 #: What `--cluster` may be: group (patients) where cases share one, a column of cases.csv, or nothing.
@@ -53,25 +53,44 @@ def read_run(path: Path) -> Run:
 
 
 def read_cases(path: Path) -> dict[str, dict[str, str]]:
-    """case -> column -> text; nothing where there is no such file. InputError: no column `case`, a case twice, a line of another length."""
+    """case -> column -> text without blanks around it; nothing where there is no such file. Files: as `strict_csv` has them.
+
+    InputError: no column `case`, a case without a name or twice, a line of another length, a file that is no such table.
+    """
     if not path.is_file():
         return {}
+    columns = columns_of(path)
+    if "case" not in columns:
+        raise InputError(f"{path}, line 1: there is no column 'case'; the columns are {', '.join(columns) or 'none'}")
     found: dict[str, dict[str, str]] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            if "case" not in (reader.fieldnames or ()):
+    for line in read_lines(path, columns):
+        cells = dict(zip(columns, map(str.strip, line.cells), strict=True))
+        case = cells["case"]
+        if not case or case in found:
+            problem = f"case {case!r} comes twice; keep one line of each" if case else "the case has no name"
+            raise InputError(f"{path}, line {line.number}: {problem}")
+        found[case] = cells
+    return found
+
+
+def case_column(paths: Sequence[Path], column: str) -> dict[str, str]:
+    """case -> text of one column of several cases.csv, without blanks around it. An empty cell says nothing and contradicts nothing.
+
+    InputError: no file has the column, or one case has two values.
+    """
+    found: dict[str, str] = {}
+    said_in: dict[str, str] = {}
+    for path in [path for path in paths if column in columns_of(path)] or paths:
+        for line in read_lines(path, ("case", column), optional=True):
+            case, value = map(str.strip, line.cells)
+            here = f"{path}, line {line.number}"
+            if value and found.get(case) and found[case] != value:
                 raise InputError(
-                    f"{path}, line 1: there is no column 'case'; the columns are {', '.join(reader.fieldnames or ()) or 'none'}"
+                    f"{here}: case {case!r} has two values of {column}, {found[case]!r} and {value!r} (the first in {said_in[case]}); "
+                    "keep one"
                 )
-            for line in reader:
-                if None in line or None in line.values():
-                    raise InputError(f"{path}, line {reader.line_num}: it has another number of cells than the header")
-                if line["case"] in found:
-                    raise InputError(f"{path}, line {reader.line_num}: case {line['case']!r} comes twice; keep one line of each")
-                found[line["case"]] = line
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a table of cases: {error}") from None
+            if value or case not in found:
+                found[case], said_in[case] = value, here
     return found
 
 
@@ -102,9 +121,13 @@ def report_of_run(
     metrics: Sequence[str] = DEFAULT_METRICS,
     cluster: str = "auto",
     kinds: Sequence[str] = KINDS,
+    strata_asked: bool = False,
     **options: Any,
 ) -> Report:
-    """The report of a run; `options` as `build_report` takes them. InputError: no base is known, and whatever a part refuses."""
+    """The report of a run; `options` as `build_report` takes them. InputError: no base is known, and whatever a part refuses.
+
+    Strata need every scored case in cases.csv. Where it lacks some, that is an error if strata were asked for, else a note.
+    """
     chosen = base or run.base or "base"
     arms = {row.arm for row in run.rows}
     if chosen not in arms:
@@ -112,7 +135,11 @@ def report_of_run(
     scored = sorted({row.case for row in run.rows})
     # arms that failed leave a design incomplete: its contrasts would mix, so that part is left out
     complete = run.factors if chosen == run.base and _has_design(run, arms) else {}
-    described = run.cases if all(case in run.cases for case in scored) else {}
+    lacking = [case for case in scored if case not in run.cases]
+    notes: list[str] = []
+    if run.cases and kinds and lacking and not strata_asked:
+        notes.append(f"no strata: cases.csv has no line for {len(lacking)} of {len(scored)} scored cases: {listed(lacking)}.")
+    described = {} if lacking and not strata_asked else run.cases
     return build_report(
         run.rows,
         chosen,
@@ -123,6 +150,7 @@ def report_of_run(
         run.training_cases,
         clusters_from(run.cases, scored, cluster),
         kinds=kinds,
+        remarks=notes,
         **options,
     )
 
