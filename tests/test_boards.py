@@ -214,6 +214,16 @@ def test_groups_beside_the_scores_are_drawn_whole(folder: Path) -> None:
     assert "1000 resamples of cases" in said("board", folder)
 
 
+def test_few_groups_are_rough_however_many_cases(folder: Path) -> None:
+    def grouped(size: int) -> str:
+        (folder / "cases.csv").write_text("case,group\n" + "".join(f"c{c:02},p{c // size}\n" for c in range(35)))
+        return said("board", folder)
+
+    assert "5 groups: below 30 all of this is rough." in grouped(7)
+    assert "One group: every resample is the same, so the ranks' intervals and P(rank 1) say nothing." in grouped(35)
+    assert "all of this is rough" not in grouped(1)
+
+
 def test_the_tables_of_cases_of_all_folders_count(folder: Path) -> None:
     rows = [row._replace(arm="four") for row in study(("four",))]
     other = folder.parent / "other"

@@ -205,3 +205,14 @@ def test_rules_from_text() -> None:
     ):
         with pytest.raises(InputError, match=words):
             parse_rule(text, MISSING_KINDS, ("dice", "hd"), "--missing")
+
+
+def test_rankings_of_labels_count_the_labels_own_empty_masks() -> None:
+    rows = [Score("a", "-", "-", c, m, 0.5) for c in ("c1", "c2", "c3") for m in ("dice", "dice/2", "dice/3")]
+    rows += [Score("a", "-", "-", c, m, 0.0) for c in ("c1", "c2", "c3") for m in ("missing", "empty_prediction")]
+    rows += [Score("a", "-", "-", c, "empty_prediction/2", float(c != "c3")) for c in ("c1", "c2", "c3")]
+    assert cube_of_rows(rows, ("dice",)).n_empty == (0,)
+    assert cube_of_rows(rows, ("dice/2",)).n_empty == (2,)
+    assert cube_of_rows(rows, ("dice/2", "dice")).n_empty == (2,)
+    assert cube_of_rows(rows, ("dice/3",)).n_empty == (-1,)
+    assert cube_of_rows(rows, ("dice/2",)).n_missing == (0,)

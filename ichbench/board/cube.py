@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.board.summary import listed, mean_of_seeds, refuse_mixed_seeds
+from ichbench.board.summary import listed, mark_of, mean_of_seeds, refuse_mixed_seeds
 from ichbench.errors import InputError
 from ichbench.scoring.protocol import METRICS, Better, split_metric
 
@@ -52,7 +52,8 @@ class Cube:
 
     values_mac          float64; inf as it came, nan where undefined or absent
     absent_mac          True where an arm has no row (or one of its seeds has none)
-    n_empty, n_missing  per arm: cases with an empty prediction, and with none at all (scored as empty); -1 if the rows do not say
+    n_empty, n_missing  per arm: cases with an empty prediction (in the label of a ranked metric: `dice/2` counts empty labels 2), and
+                        with none at all (scored as empty); -1 if the rows do not say
     """
 
     metrics: tuple[str, ...]
@@ -103,7 +104,8 @@ def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
     InputError: no rows, two rows of one number (all are listed), an arm with and without seeds, a metric that no row
     has, a mark that is neither 0 nor 1.
     """
-    wanted = frozenset(metrics) | {"empty_prediction", "missing"}
+    mark_names = {mark: {mark_of(metric, mark) for metric in metrics} for mark in ("empty_prediction", "missing")}
+    wanted = frozenset(metrics).union(*mark_names.values())
     runs: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(dict)
     seeds: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     cases: set[str] = set()
@@ -135,19 +137,21 @@ def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
     arm_place = {arm: index for index, arm in enumerate(arms)}
     case_place = {case: index for index, case in enumerate(ids)}
     metric_place = {metric: index for index, metric in enumerate(metrics)}
-    marked = {"empty_prediction": [-1] * len(arms), "missing": [-1] * len(arms)}
+    marked: dict[str, dict[str, set[str]]] = {mark: {} for mark in mark_names}
     for (metric, arm, case), by_seed in runs.items():
         found = [value for folds in by_seed.values() for value in folds]
-        if metric in marked:
-            if any(value not in (0.0, 1.0) for value in found):
-                raise InputError(f"arm {arm!r}, case {case!r}: {metric} is {found[0]!r}; it must be 0 or 1")
-            count = marked[metric]
-            count[arm_place[arm]] = max(count[arm_place[arm]], 0) + int(max(found))
+        for mark, names in mark_names.items():
+            if metric in names:
+                if any(value not in (0.0, 1.0) for value in found):
+                    raise InputError(f"arm {arm!r}, case {case!r}: {metric} is {found[0]!r}; it must be 0 or 1")
+                # a case counts once, whichever of its seeds and ranked labels is empty
+                marked[mark].setdefault(arm, set()).update({case} if max(found) else ())
         if metric in metric_place:
             at = metric_place[metric], arm_place[arm], case_place[case]
             absent[at] = by_seed.keys() != seeds[arm].keys()
             values[at] = math.nan if absent[at] else found[0] if len(found) == 1 else mean_of_seeds(by_seed.values())
-    return Cube(tuple(metrics), arms, ids, values, absent, tuple(marked["empty_prediction"]), tuple(marked["missing"]))
+    n_empty, n_missing = (tuple(len(by_arm[arm]) if arm in by_arm else -1 for arm in arms) for by_arm in marked.values())
+    return Cube(tuple(metrics), arms, ids, values, absent, n_empty, n_missing)
 
 
 def parse_rule(text: str, kinds: Sequence[Kind], metrics: Sequence[str], option: str) -> Rule:

@@ -105,7 +105,7 @@ def case_table(rows: Iterable[Score], metrics: Sequence[str] = DEFAULT_METRICS) 
     rows, a case without one of its arm's metrics, seeds of one arm with different cases, an arm with and without seeds, a 0/1 row
     that is neither 0 nor 1.
     """
-    marks = tuple(dict.fromkeys(_mark_of(metric, mark) for metric in metrics for mark in MARKS))
+    marks = tuple(dict.fromkeys(mark_of(metric, mark) for metric in metrics for mark in MARKS))
     wanted = frozenset(metrics) | frozenset(marks)
     runs: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     runs_by_seed: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -288,9 +288,9 @@ def _summary(table: CaseTable, arm: str, metric: str, units: tuple[str, ...] | N
         sd=sample_sd(defined),
         n=len(defined),
         n_undefined=len(values) - len(defined),
-        n_empty_prediction=table.marked.get((arm, _mark_of(metric, "empty_prediction"))),
-        n_empty_reference=table.marked.get((arm, _mark_of(metric, "empty_reference"))),
-        n_missing=table.marked.get((arm, _mark_of(metric, "missing"))),
+        n_empty_prediction=table.marked.get((arm, mark_of(metric, "empty_prediction"))),
+        n_empty_reference=table.marked.get((arm, mark_of(metric, "empty_reference"))),
+        n_missing=table.marked.get((arm, mark_of(metric, "missing"))),
         n_infinite=int(np.isinf(defined).sum()),
         seeds=table.seeds[arm],
         median_lower=median_lower,
@@ -310,7 +310,7 @@ def sample_sd(values: Sequence[float] | FloatArray) -> float:
     return math.sqrt(math.fsum((float(value) - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def _mark_of(metric: str, mark: str) -> str:
+def mark_of(metric: str, mark: str) -> str:
     """The name of the 0/1 row that belongs to a metric: `dice/2` goes with `empty_prediction/2`, a whole case is missing."""
     label = metric.partition("/")[2]
     return f"{mark}/{label}" if label and mark != "missing" else mark
