@@ -159,6 +159,22 @@ def test_a_table_of_cases_without_digests_is_bad_input(tmp_path: Path, text: str
         recheck._stale_cases(path, FakeCohort(), [], [])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seeds", None), ("seeds", ["0"]), ("seeds", []), ("folds", 1), ("arms", [1]), ("base", "nobody"), ("base", None),
+        ("threads", "two"), ("protocol", "nope"), ("rerun_tolerances", None), ("rerun_tolerances", {"dice": "0.1"}),
+        ("study", 3), ("preset", []),
+    ],
+)  # fmt: skip
+def test_a_board_of_wrong_types_is_bad_input(tmp_path: Path, key: str, value: object) -> None:
+    about = json.loads((BOARD / "board.json").read_text()) | {key: value}
+    (tmp_path / "board.json").write_text(json.dumps(about))
+    shutil.copyfile(BOARD / "scores.csv", tmp_path / "scores.csv")
+    with pytest.raises(InputError, match=rf"board\.json: {key} is "):
+        recheck.recheck(tmp_path)
+
+
 @pytest.mark.parametrize(("differences", "compared", "code"), [((), 7, 0), ((), 0, 1), (("training.loss was dice_ce, is ce",), 7, 1)])
 def test_exit_codes_and_forms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, differences: tuple[str, ...], compared: int, code: int

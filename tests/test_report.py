@@ -229,13 +229,47 @@ def test_strata_of_an_incomplete_table_are_an_error_or_a_note(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "\x00", '{"design": "factorial", "factors": {"w": 1}}', '{"design": "factorial", "factors": 3}']
+    "content",
+    [
+        "{",
+        "[]",
+        "\x00",
+        *('{"arms": ' + value + "}" for value in ("null", "5", '"base"', "[1]", "[[]]")),
+        *('{"arms": ["base", "w"], "base": ' + value + "}" for value in ("5", '["w"]')),
+        *(
+            '{"design": "factorial", "factors": ' + value + "}"
+            for value in ('{"w": 1}', "3", "null", '[["a", "w"]]', '[["a", ["w"]], ["b", ["w"]]]', '[["a", ["w"]], ["a", ["d"]]]')
+        ),
+    ],
 )
 def test_damaged_run_files_are_named(tmp_path: Path, content: str) -> None:
     path = run_folder(tmp_path / "run", {"w": 0.1})
     (path / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run\.json"):
         read_run(path)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "[1]",
+        '"x"',
+        '{"inference": "unet"}',
+        '{"inference": {"predictor": "unet"}, "training": 3}',
+        *('{"inference": {"predictor": "unet"}, "training": {"cases": ' + value + "}}" for value in ('"many"', "null", "0", "2.5", "[]")),
+    ],
+)
+def test_damaged_recipes_are_named(tmp_path: Path, recipe: str) -> None:
+    path = run_folder(tmp_path / "run", {"w": 0.1})
+    (path / "recipes").mkdir()
+    (path / "recipes" / "w.json").write_text('{"recipe": ' + recipe + "}")
+    with pytest.raises(InputError, match=r"w\.json"):
+        read_run(path)
+
+
+def test_an_arm_that_a_run_names_twice_comes_once(tmp_path: Path) -> None:
+    path = run_folder(tmp_path / "run", {"w": 0.1}, {"arms": ["base", "w", "w", "gone"]})
+    assert read_run(path).arms == ("base", "w")
 
 
 def test_the_command_on_a_run_a_file_and_nonsense(tmp_path: Path) -> None:

@@ -167,6 +167,8 @@ def test_metrics_with_other_names_are_refused_with_the_nearest(tmp_path: Path) -
         ("hd95", "-inf", "hd95 cannot be below 0"),
         ("rvd", "-0.1", "rvd cannot be below 0"),
         ("missing", "2", "missing is a share and cannot be above 1"),
+        ("hd", "1.5e308", "hd cannot be that large; infinite is written inf"),
+        ("volume_bias_ml", "-1e101", "volume_bias_ml cannot be that large"),
         ("volume_bias_ml", "-inf", "volume_bias_ml cannot be -inf"),
     ],
 )

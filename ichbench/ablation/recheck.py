@@ -28,6 +28,7 @@ from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_labels
 from ichbench.errors import CaseError, InputError
 from ichbench.scoring.probes import probe_rows
+from ichbench.scoring.protocol import PROTOCOLS
 from ichbench.scoring.score import Score, rows_for_case
 from ichbench.scoring.strict_csv import read_lines
 from ichbench.scoring.tables import read_scores, write_scores
@@ -91,6 +92,7 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
         )
     if missing := {"study", "preset", "seeds", "folds", "protocol", "threads", "arms", "base", "rerun_tolerances"} - about.keys():
         raise InputError(f"{folder / 'board.json'} lacks {', '.join(sorted(missing))}; freeze the board again")
+    _check_types(folder / "board.json", about, {row.arm for row in committed})
     study = make_study(about["study"], about["preset"])
     untrained = {arm.name for arm in study.arms if arm.recipe.inference.predictor in UNTRAINED}
     differences, compared = _stale_recipes(folder, study)
@@ -119,6 +121,21 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
         differences += compare_text(name, (folder / name).read_text(encoding="utf-8"), text)
         compared += 1
     return list(dict.fromkeys(differences)), compared
+
+
+def _check_types(path: Path, about: dict[str, Any], arms: set[str]) -> None:
+    """InputError for values in board.json that are not of their kind."""
+    kinds = {"study": str, "preset": str, "protocol": str, "base": str, "threads": int}
+    kinds |= {"seeds": list, "folds": list, "arms": list, "rerun_tolerances": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(about[key], kind)]
+    if not wrong:
+        items = {"seeds": int, "folds": str, "arms": str}
+        wrong += [key for key, kind in items.items() if not about[key] or not all(isinstance(item, kind) for item in about[key])]
+        wrong += ["rerun_tolerances"] if not all(isinstance(limit, int | float) for limit in about["rerun_tolerances"].values()) else []
+        wrong += ["base"] if about["base"] not in arms else []
+        wrong += ["protocol"] if about["protocol"] not in PROTOCOLS else []
+    if wrong:
+        raise InputError(f"{path}: {', '.join(f'{key} is {about[key]!r}' for key in wrong)}, which no board has; freeze the board again")
 
 
 def _stale_cases(path: Path, cohort: Cohort, committed: list[Score], rescored: list[Score]) -> tuple[list[Difference], int]:

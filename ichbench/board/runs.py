@@ -46,10 +46,12 @@ def read_run(path: Path) -> Run:
     rows = read_score_files([path / "scores.csv"], known_metrics=True)
     about = _json(path / "run.json") | _json(path / "board.json")
     scored = {row.arm for row in rows}
-    arms = tuple(str(arm) for arm in about.get("arms", ()) if arm in scored)
+    named, base = about.get("arms", []), about.get("base")
+    if not isinstance(named, list) or not all(isinstance(arm, str) for arm in named) or not isinstance(base, str | None):
+        raise InputError(f"{path / 'run.json'} or board.json: arms is a list of names and base one name; run the study again")
+    arms = tuple(dict.fromkeys(arm for arm in named if arm in scored))
     factors = _factors(path, about) if about.get("design") == "factorial" else {}
-    base = about.get("base", next(iter(about.get("arms", ())), None))
-    return Run(rows, read_cases(path / "cases.csv"), base, arms, factors, _training_cases(path, scored))
+    return Run(rows, read_cases(path / "cases.csv"), base or next(iter(named), None), arms, factors, _training_cases(path, scored))
 
 
 def read_cases(path: Path) -> dict[str, dict[str, str]]:
@@ -156,8 +158,15 @@ def report_of_run(
 
 
 def _factors(path: Path, about: Mapping[str, Any]) -> dict[str, list[str]]:
+    factors = about.get("factors", [])
     try:
-        return {str(name): [str(level) for level in levels] for name, levels in about.get("factors", [])}
+        if any(isinstance(levels, str) for _, levels in factors):
+            raise TypeError
+        found = {str(name): [str(level) for level in levels] for name, levels in factors}
+        levels = [level for its in found.values() for level in its]
+        if len(found) < len(factors) or len(set(levels)) < len(levels):
+            raise ValueError
+        return found
     except (TypeError, ValueError):
         raise InputError(f"{path / 'run.json'}: factors must be a list of [name, levels]; run the study again") from None
 
@@ -174,9 +183,14 @@ def _training_cases(path: Path, scored: set[str]) -> dict[str, int]:
     groups: dict[str, list[str]] = {}
     for file in sorted((path / "recipes").glob("*.json")):
         recipe = _json(file).get("recipe", {})
+        parts = [recipe, *(recipe.get(part, {}) for part in ("inference", "training"))] if isinstance(recipe, dict) else [recipe]
+        if not all(isinstance(part, dict) for part in parts):
+            raise InputError(f"{file} holds no recipe; run the study again, or give its scores.csv alone")
         if file.stem not in scored or recipe.get("inference", {}).get("predictor") != "unet":
             continue
         cases = recipe.get("training", {}).pop("cases", "all")
+        if cases != "all" and not (str(cases).isdecimal() and int(cases) > 0):
+            raise InputError(f"{file}: training.cases is {cases!r}; it is all or a whole number from 1. Run the study again")
         whole = _all_cases(path, file.stem)
         if cases != "all" or whole is not None:
             counts[file.stem] = min(int(cases), whole or int(cases)) if cases != "all" else int(whole or 0)
@@ -196,7 +210,10 @@ def _all_cases(path: Path, arm: str) -> int | None:
         except (OSError, ValueError, LookupError, TypeError):
             raise InputError(f"{splits} is damaged; run the study again") from None
     for file in sorted((path / "models").glob(f"{arm}-*/model.json")):
-        return int(_json(file).get("n_training", 0)) or None
+        count = _json(file).get("n_training", 0)
+        if not isinstance(count, int):
+            raise InputError(f"{file}: n_training is {count!r}; it is a whole number. Run the study again")
+        return count or None
     return None
 
 

@@ -113,6 +113,8 @@ SHARES = (
     "lesion_f1", "lesion_sensitivity", "lesion_precision", "pq", "lesionwise_dice", *MARKS,
 )  # fmt: skip
 SIGNED = ("rvd_signed", "volume_bias_ml")
+#: No distance, volume or count is as large, and sums of such numbers would overflow.
+LARGEST = 1e100
 #: A share may lie this much beyond 1: the last digit of someone's sum.
 SHARE_SLACK = 1e-9
 
@@ -264,6 +266,8 @@ def why_impossible(metric: str, value: float) -> str:
     low, high = range_of(metric)
     if value < low or value == -math.inf:
         return f"{metric} cannot be below {low:g}" if math.isfinite(low) else f"{metric} cannot be -inf"
+    if LARGEST < abs(value) < math.inf:
+        return f"{metric} cannot be that large; infinite is written inf"
     if value > high + SHARE_SLACK:
         return f"{metric} is a share and cannot be above {high:g}" + (" (in percent? divide by 100)" if value <= 100 else "")
     return ""
