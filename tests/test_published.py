@@ -208,6 +208,8 @@ def test_a_table_without_more_than_rows(tmp_path: Path) -> None:
         ("a,dice,mean,0.5,0,S\n", r"line 2: n is 0 \(column 5\)"),
         ("a,dice,mean,0.5,7.5,S\n", r"n is 7.5 \(column 5\)"),
         ("a,dice,mean,0.5,inf,S\n", r"n is inf \(column 5\)"),
+        ("a,dice,mean,0.5,nan,S\n", r"n is nan \(column 5\)"),
+        ("a,dice,mean,0.5,1e300,S\n", r"n is 1e\+300 \(column 5\)"),
         ("a,dice,mean,0.5,10,\n", r"line 2: a name is empty: source \(column 6\)"),
         ("a,dice,place,1,10,S\n", "a place, and nothing else, has the metric '-'"),
         ("a,-,mean,1,10,S\n", "a place, and nothing else, has the metric '-'"),

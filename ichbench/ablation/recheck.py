@@ -140,7 +140,7 @@ def _check_types(path: Path, about: dict[str, Any], arms: set[str]) -> None:
 
 def _stale_cases(path: Path, cohort: Cohort, committed: list[Score], rescored: list[Score]) -> tuple[list[Difference], int]:
     """Every scored case by its digest, and then the whole table: strata and clusters come from its other columns."""
-    digests = dict(line.cells for line in read_lines(path, ("case", "digest"), optional=True))
+    digests = {line.cells[0]: line.cells[1] for line in read_lines(path, ("case", "digest"), optional=True)}
     known = set(cohort.train_ids) | set(cohort.test_ids)
     scored = dict.fromkeys(row.case for row in committed if row.case in known)
     found = compare_digests(digests, {name: cohort.case_digest(name) for name in scored})

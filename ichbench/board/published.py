@@ -221,7 +221,7 @@ def _lower(metric: str, value: float) -> float:
 
 def _problems(metric: str, statistic: str, value: float, n: float) -> list[str]:
     found = []
-    if not (n >= 1 and n == int(n) if math.isfinite(n) else False):
+    if not (1 <= n <= 1e9 and n == int(n)):
         found.append(f"n is {n:g} (column 5); it is the number of cases, a whole number from 1")
     if metric != "-":
         try:

@@ -57,7 +57,7 @@ def board(
     files = [path / "scores.csv" if path.is_dir() else path for path in scores if path not in published]
     rows = read_score_files(files, known_metrics=True)
     if published:
-        given = {"--base": base, "--resamples": resamples, "--where": where}
+        given: dict[str, object] = {"--base": base, "--resamples": resamples, "--where": where}
         given |= {} if files else {"--cases": cases, "--group": group}
         _refuse_given(
             given | {"--missing": None if missing == "refuse" else missing, "--infinite": None if infinite == "exact" else infinite}
