@@ -239,6 +239,9 @@ def test_the_tables_of_cases_of_all_folders_count(folder: Path) -> None:
     error = refused("board", folder, other)
     assert f"{other / 'cases.csv'}, line 36: case 'c34' has two values of group, 'q' and 'p6'" in error
     assert f"the first in {folder / 'cases.csv'}, line 36" in error
+    for text in ("", "name,group\n", "name\n"):
+        (folder / "cases.csv").write_text(text)
+        assert "cases.csv, line 1: there is no column 'case'" in refused("board", folder)
     (folder / "cases.csv").write_text("case,group\n" + "".join(f"c{c:02},  \n" for c in range(35)))
     assert "1000 resamples of cases" in said("board", folder)
 

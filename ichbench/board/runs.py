@@ -61,9 +61,7 @@ def read_cases(path: Path) -> dict[str, dict[str, str]]:
     """
     if not path.is_file():
         return {}
-    columns = columns_of(path)
-    if "case" not in columns:
-        raise InputError(f"{path}, line 1: there is no column 'case'; the columns are {', '.join(columns) or 'none'}")
+    columns = case_columns(path)
     found: dict[str, dict[str, str]] = {}
     for line in read_lines(path, columns):
         cells = dict(zip(columns, map(str.strip, line.cells), strict=True))
@@ -73,6 +71,14 @@ def read_cases(path: Path) -> dict[str, dict[str, str]]:
             raise InputError(f"{path}, line {line.number}: {problem}")
         found[case] = cells
     return found
+
+
+def case_columns(path: Path) -> tuple[str, ...]:
+    """The columns of a cases.csv. InputError: none of them is `case`, or the file cannot be read."""
+    columns = columns_of(path)
+    if "case" not in columns:
+        raise InputError(f"{path}, line 1: there is no column 'case'; the columns are {', '.join(columns) or 'none'}")
+    return columns
 
 
 def case_column(paths: Sequence[Path], column: str) -> dict[str, str]:

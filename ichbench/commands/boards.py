@@ -199,14 +199,13 @@ def _case_files(files: Iterable[Path], given: Path | None) -> list[Path]:
 
 def _groups(described: Sequence[Path], column: str | None, rows: Iterable[Score]) -> dict[str, str] | None:
     """case -> group, where cases.csv has groups; a case without one is a group of its own."""
-    from ichbench.board.runs import case_column
-    from ichbench.scoring.strict_csv import columns_of
+    from ichbench.board.runs import case_column, case_columns
 
     if column == "none" or not described:
         if column not in (None, "none"):
             raise InputError("--group needs a cases.csv; give one with --cases")
         return None
-    if column is None and not any("group" in columns_of(path) for path in described):
+    if "group" not in {name for path in described for name in case_columns(path)} and column is None:
         return None
     values = case_column(described, column or "group")
     # a blank before a name that stands for a case cannot be part of a group, which is stripped
