@@ -61,6 +61,8 @@ def study(arms: tuple[str, ...] = ("one", "two", "three"), n: int = 35, seed: in
                 "empty_prediction": 0.0,
                 "empty_reference": 0.0,
             }
+            # the shares of the last of many arms would fall below 0
+            values |= {name: min(max(values[name], 0.0), 1.0) for name in ("dice", "nsd")}
             rows += [Score(arm, "-", "-", f"c{c:02}", metric, float(value)) for metric, value in values.items()]
     return rows
 
@@ -210,6 +212,54 @@ def test_groups_beside_the_scores_are_drawn_whole(folder: Path) -> None:
     assert "lacks 34 of the scored cases, such as 'c00'" in refused("board", folder, "--where", "site=A")
     (folder / "cases.csv").write_text("case,site\nc01,A\n")
     assert "1000 resamples of cases" in said("board", folder)
+
+
+def test_few_groups_are_rough_however_many_cases(folder: Path) -> None:
+    def grouped(size: int) -> str:
+        (folder / "cases.csv").write_text("case,group\n" + "".join(f"c{c:02},p{c // size}\n" for c in range(35)))
+        return said("board", folder)
+
+    assert "5 groups: below 30 all of this is rough." in grouped(7)
+    assert "One group: every resample is the same, so the ranks' intervals and P(rank 1) say nothing." in grouped(35)
+    assert "all of this is rough" not in grouped(1)
+
+
+def test_the_tables_of_cases_of_all_folders_count(folder: Path) -> None:
+    rows = [row._replace(arm="four") for row in study(("four",))]
+    other = folder.parent / "other"
+    write_scores(other / "scores.csv", rows)
+    (folder / "cases.csv").write_text("case,site\n" + "".join(f"c{c:02},A\n" for c in range(35)))
+    (other / "cases.csv").write_text("case,group\n" + "".join(f"c{c:02}, p{c // 5} \n" for c in range(35)))
+    for order in ((folder, other), (other, folder)):
+        text = said("board", *order)
+        assert "1000 resamples of 7 groups" in text
+        assert "clusters" in text
+    assert "; 35 cases; " in said("board", other, folder, "--where", "site=A")
+    (folder / "cases.csv").write_text("case,group\n" + "".join(f"c{c:02},p{c // 5}\n" for c in range(34)) + "c34,q\n")
+    error = refused("board", folder, other)
+    assert f"{other / 'cases.csv'}, line 36: case 'c34' has two values of group, 'q' and 'p6'" in error
+    assert f"the first in {folder / 'cases.csv'}, line 36" in error
+    for text in ("", "name,group\n", "name\n"):
+        (folder / "cases.csv").write_text(text)
+        assert "cases.csv, line 1: there is no column 'case'" in refused("board", folder)
+    (folder / "cases.csv").write_text("case,group\n" + "".join(f"c{c:02},  \n" for c in range(35)))
+    assert "1000 resamples of cases" in said("board", folder)
+
+
+def test_arms_beside_a_published_board_have_the_same_clusters(folder: Path) -> None:
+    def interval(*arguments: object) -> list[str]:
+        out = folder.parent / "out"
+        said("board", *arguments, "--out", out)
+        lines = [line.split(",") for line in (out / "board.csv").read_text().splitlines()]
+        by = lines[0].index("team" if "team" in lines[0] else "arm")
+        found = next(line for line in lines[1:] if line[by] == "one" and "dice" in line)
+        return [found[lines[0].index("lower")], found[lines[0].index("upper")]]
+
+    cases = interval(INSTANCE, folder)
+    (folder / "cases.csv").write_text("case,group\n" + "".join(f"c{c:02},p{c // 9}\n" for c in range(35)))
+    assert interval(INSTANCE, folder) == interval(folder) != cases
+    assert interval(INSTANCE, folder, "--group", "none") == cases
+    assert "--group: published boards" in refused("board", INSTANCE, "--group", "none")
 
 
 # --- published boards ----------------------------------------------------------------------------------------------------

@@ -165,5 +165,10 @@ def test_junit_has_the_same_cases_whether_they_pass_or_fail() -> None:
     assert "board.csv:1" in texts["board"]
 
 
+def test_junit_of_a_board_with_a_strange_name_is_still_xml() -> None:
+    text = check_junit([], 5, "a\x01\x1b<&>b")
+    assert ElementTree.fromstring(text).get("name") == "ichbench check a\\x01\\x1b<&>b"  # noqa: S314 (our own text)
+
+
 def test_junit_of_nothing_is_no_pass() -> None:
     assert {failure.text for failure in junit([], 0).iter("failure")} == {"nothing was compared"}

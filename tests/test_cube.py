@@ -48,7 +48,12 @@ def test_seeds_and_folds_are_averaged_within_a_case() -> None:
         Score("a", fold, seed, "c", "dice", v) for fold, seed, v in (("0", "0", 0.1), ("1", "0", 0.2), ("0", "1", 0.6), ("1", "1", NAN))
     ]
     cube = cube_of_rows([*rows, Score("b", "-", "-", "c", "dice", 0.4)], ("dice",))
-    assert cube.values_mac[0, :, 0].tolist() == [pytest.approx(0.3), 0.4]
+    assert cube.values_mac[0, :, 0].tolist() == [pytest.approx(0.375), 0.4]
+    # seed 0 has five folds and seed 1 one: each seed counts once
+    uneven = [*(Score("a", fold, "0", "c", "dice", 0.9) for fold in "01234"), Score("a", "0", "1", "c", "dice", 0.3)]
+    assert cube_of_rows(uneven, ("dice",)).values_mac.item() == pytest.approx(0.6)
+    with pytest.raises(InputError, match="arm 'a' has rows with the seed '-'"):
+        cube_of_rows([*uneven, Score("a", "-", "-", "c", "dice", 0.9)], ("dice",))
     infinite = cube_of_rows([Score("a", "-", seed, "c", "hd", value) for seed, value in (("0", INF), ("1", 2.0))], ("hd",))
     assert infinite.values_mac.item() == INF
     both = cube_of_rows([Score("a", "-", seed, "c", "hd", value) for seed, value in (("0", INF), ("1", -INF))], ("hd",))
@@ -200,3 +205,14 @@ def test_rules_from_text() -> None:
     ):
         with pytest.raises(InputError, match=words):
             parse_rule(text, MISSING_KINDS, ("dice", "hd"), "--missing")
+
+
+def test_rankings_of_labels_count_the_labels_own_empty_masks() -> None:
+    rows = [Score("a", "-", "-", c, m, 0.5) for c in ("c1", "c2", "c3") for m in ("dice", "dice/2", "dice/3")]
+    rows += [Score("a", "-", "-", c, m, 0.0) for c in ("c1", "c2", "c3") for m in ("missing", "empty_prediction")]
+    rows += [Score("a", "-", "-", c, "empty_prediction/2", float(c != "c3")) for c in ("c1", "c2", "c3")]
+    assert cube_of_rows(rows, ("dice",)).n_empty == (0,)
+    assert cube_of_rows(rows, ("dice/2",)).n_empty == (2,)
+    assert cube_of_rows(rows, ("dice/2", "dice")).n_empty == (2,)
+    assert cube_of_rows(rows, ("dice/3",)).n_empty == (-1,)
+    assert cube_of_rows(rows, ("dice/2",)).n_missing == (0,)

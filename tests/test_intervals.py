@@ -14,6 +14,7 @@ from ichbench.board.intervals import (
     METHODS,
     Method,
     draw_units,
+    exact_mean,
     mean_intervals,
     quantile_interval,
     standard_errors,
@@ -94,7 +95,7 @@ def test_outer_is_the_wider_of_two_at_each_end() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @settings(max_examples=25, deadline=None)
-@given(values=st.lists(st.floats(-1, 1, width=16), min_size=2, max_size=12), shift=st.floats(-100, 100), scale=st.sampled_from([0.5, 4.0]))
+@given(values=st.lists(st.floats(-1, 1, width=16), min_size=3, max_size=12), shift=st.floats(-100, 100), scale=st.sampled_from([0.5, 4.0]))
 def test_intervals_move_stretch_and_turn_with_the_data(method: Method, values: list[float], shift: float, scale: float) -> None:
     data = np.array(values)
     lower, upper = interval(data, method, resamples=400)
@@ -107,7 +108,7 @@ def test_intervals_move_stretch_and_turn_with_the_data(method: Method, values: l
 
 @pytest.mark.parametrize("method", METHODS)
 def test_constant_data_have_no_width_and_one_case_no_interval(method: Method) -> None:
-    for n in (2, 7, 30):
+    for n in (3, 7, 30):
         assert interval(np.full(n, 0.1), method, resamples=200) == (0.1, 0.1)
     assert all(math.isnan(end) for end in interval(np.array([0.5]), method))
     assert all(math.isnan(end) for end in interval(np.array([INF, -INF, 1.0]), method))
@@ -214,3 +215,16 @@ def test_wrong_input_is_named() -> None:
         draw_units(3, 0, np.random.default_rng(0))
     with pytest.raises(InputError, match="2 clusters are named for 3 cases"):
         unit_sums(np.zeros((3, 1)), ["a", "b"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_units_have_nothing_to_studentise(method: Method) -> None:
+    for clusters in (None, ["a", "b"]):
+        lower, upper = interval(np.array([0.2, 0.9]), method, clusters)
+        assert math.isnan(lower) == math.isnan(upper) == (method == "bootstrap-t")
+    assert not math.isnan(interval(np.array([0.2, 0.9, 0.4]), method)[0])
+
+
+def test_a_sum_that_overflows_is_bad_input() -> None:
+    with pytest.raises(InputError, match="the sum of 3 values is too large for a computer"):
+        exact_mean([1.5e308] * 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import zipfile
 from pathlib import Path
@@ -207,11 +208,19 @@ def test_a_table_without_more_than_rows(tmp_path: Path) -> None:
         ("a,dice,mean,0.5,0,S\n", r"line 2: n is 0 \(column 5\)"),
         ("a,dice,mean,0.5,7.5,S\n", r"n is 7.5 \(column 5\)"),
         ("a,dice,mean,0.5,inf,S\n", r"n is inf \(column 5\)"),
+        ("a,dice,mean,0.5,nan,S\n", r"n is nan \(column 5\)"),
+        ("a,dice,mean,0.5,1e300,S\n", r"n is 1e\+300 \(column 5\)"),
         ("a,dice,mean,0.5,10,\n", r"line 2: a name is empty: source \(column 6\)"),
         ("a,dice,place,1,10,S\n", "a place, and nothing else, has the metric '-'"),
         ("a,-,mean,1,10,S\n", "a place, and nothing else, has the metric '-'"),
         ("a,hd,infinite:,1,10,S\n", "names a case after the colon"),
         ("a,hd,infinite:7,192,10,S\n", "names a case after the colon"),
+        ("a,dice,mean,65,10,S\n", r"line 2: the value is 65 \(column 4\): dice is a share and cannot be above 1 \(in percent"),
+        ("a,dice,median,inf,10,S\n", r"line 2: the value is inf \(column 4\): dice is a share"),
+        ("a,hd,mean,5,10,S\nb,hd,min,-5,10,S\n", r"line 3: the value is -5 \(column 4\): hd cannot be below 0"),
+        ("a,hd,mean,-inf,10,S\n", r"line 2: the value is -inf \(column 4\): hd cannot be below 0"),
+        ("a,hd,sd,-1,10,S\n", r"line 2: the value is -1 \(column 4\): sd cannot be below 0"),
+        ("a,-,place,-2.5,10,S\n", r"line 2: the value is -2.5 \(column 4\): a place is 1 or more"),
         ("", "has no rows"),
     ],
 )
@@ -243,6 +252,46 @@ ROWS = "a,dice,mean,0.5,10,S\nb,dice,mean,0.4,10,T\n"
 def test_tables_that_are_refused(tmp_path: Path, toml: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         table_of(tmp_path, ROWS, toml)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("sources = [1]", "not clear: sources"),
+        ('sources = ["S", "T"]\nmetrics = [1]', "not clear: metrics"),
+        ('sources = ["S", "T"]\nhighlight = [[]]', "not clear: highlight"),
+        ('sources = ["S", "T"]\nties = ["min"]', "not clear: ties"),
+        ('sources = ["S", "S", "T"]', "sources names S twice"),
+        ('sources = ["S", "T"]\nmetrics = ["dice", "dice"]', "metrics names dice twice"),
+        ('sources = ["S", "T"]\nhighlight = ["nobody"]', "highlight names nobody, and no row has such a team"),
+        ('sources = ["S", "T"]\nscheme = "instance2022"\nmetrics = ["dice"]', "instance2022 ranks by dice, hd, rvd, nsd; for others"),
+        ('sources = ["S"]\n[[table]]\nname = "x"\nsources = ["T"]', "the tables have the name x twice"),
+    ],
+)
+def test_tables_of_wrong_types_and_twice(tmp_path: Path, more: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        table_of(tmp_path, ROWS, f'[[table]]\nname = "x"\n{more}\n')
+
+
+def test_a_table_by_other_metrics_or_unranked(tables: dict[str, PublishedTable]) -> None:
+    table = tables["test"]
+    with pytest.raises(InputError, match="instance2022 ranks by dice, hd, rvd, nsd; for others choose another scheme"):
+        with_published_rule(table, "instance2022", None, ["dice", "hd"])
+    with pytest.raises(InputError, match="--metrics names dice twice"):
+        with_published_rule(table, None, None, ["dice", "dice", "hd"])
+    fewer = with_published_rule(table, None, None, ["dice", "hd"])
+    assert (fewer.scheme, fewer.metrics) == ("mean-then-rank", ("dice", "hd"))
+    assert "mean-then-rank: published means, rank in each of dice, hd" in published_text([fewer])
+    assert with_published_rule(table, "instance2022", None, ["nsd", "hd", "rvd", "dice"]).scheme == "instance2022"
+    shown = with_published_rule(table, "none", None, None)
+    text = published_text([shown])
+    assert "published means, not ranked" in text
+    assert "rank with" not in text
+    assert "interval not published" in text
+    assert rank_published(shown).ranks == {}
+    assert [entry["rank"] for entry in json.loads(published_json([shown]))[0]["ranking"]] == [None] * 13
+    assert published_csv([shown]).count("\n") == published_csv([table]).count("\n")
+    assert "not ranked" in published_markdown([shown])
 
 
 def test_two_sources_cannot_say_two_things_in_one_table(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ichbench.ablation.study import make_study
 from ichbench.board.check import Difference
 from ichbench.cli import app
 from ichbench.errors import InputError
+from ichbench.scoring.score import Score
 from ichbench.scoring.tables import read_scores
 
 BOARD = ROOT / "leaderboard" / "phantom"
@@ -111,6 +112,67 @@ def test_stale_recipes_are_named_by_key(tmp_path: Path) -> None:
         ("recipes/base", "its reason changed"),
         ("recipes/unet2d", "only in the study"),
     ]
+
+
+class FakeCohort:
+    """Two test cases and one for training."""
+
+    train_ids, test_ids = ("t",), ("a", "b")
+
+    def metadata(self) -> list[dict[str, str]]:
+        return [{"id": name, "split": "test", "group": "", "site": "A"} for name in ("t", "a", "b")]
+
+    def case_digest(self, name: str) -> str:
+        return f"digest of {name}"
+
+
+CASES = "case,split,group,site,reference_ml,digest\na,test,,A,2.5,digest of a\nb,test,,A,2.5,digest of b\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("", "", []),
+        ("b,test,,A,2.5,digest of b\n", "", [("extra digest", "b"), ("text", "cases.csv:3")]),
+        ("b,test,,A,", "b,test,,Z,", [("text", "cases.csv:3")]),
+        ("b,test,,A,", "b,test,p1,A,", [("text", "cases.csv:3")]),
+        ("b,test,,A,2.5", "b,test,,A,0.5", [("text", "cases.csv:3")]),
+        ("digest of b", "digest of c", [("digest", "b"), ("text", "cases.csv:3")]),
+        ("b,test", "c,test", [("extra digest", "b"), ("missing digest", "c"), ("text", "cases.csv:3")]),
+    ],
+)
+def test_every_cell_of_the_table_of_cases_is_checked(tmp_path: Path, old: str, new: str, found: list[tuple[str, str]]) -> None:
+    path = tmp_path / "cases.csv"
+    path.write_text(CASES.replace(old, new))
+    rows = [Score("base", "full", "0", case, metric, 2.5) for case in ("a", "b") for metric in ("reference_ml", "hd")]
+    differences, compared = recheck._stale_cases(path, FakeCohort(), rows, rows)  # type: ignore[arg-type]
+    assert [(one.kind, one.where) for one in differences] == found
+    assert compared == 3
+
+
+@pytest.mark.parametrize("text", ["", "case,site\na,A\n", None])
+def test_a_table_of_cases_without_digests_is_bad_input(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "cases.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=r"cases\.csv"):
+        recheck._stale_cases(path, FakeCohort(), [], [])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seeds", None), ("seeds", ["0"]), ("seeds", []), ("folds", 1), ("arms", [1]), ("base", "nobody"), ("base", None),
+        ("threads", "two"), ("protocol", "nope"), ("rerun_tolerances", None), ("rerun_tolerances", {"dice": "0.1"}),
+        ("study", 3), ("preset", []),
+    ],
+)  # fmt: skip
+def test_a_board_of_wrong_types_is_bad_input(tmp_path: Path, key: str, value: object) -> None:
+    about = json.loads((BOARD / "board.json").read_text()) | {key: value}
+    (tmp_path / "board.json").write_text(json.dumps(about))
+    shutil.copyfile(BOARD / "scores.csv", tmp_path / "scores.csv")
+    with pytest.raises(InputError, match=rf"board\.json: {key} is "):
+        recheck.recheck(tmp_path)
 
 
 @pytest.mark.parametrize(("differences", "compared", "code"), [((), 7, 0), ((), 0, 1), (("training.loss was dice_ce, is ce",), 7, 1)])

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ichbench.board.effects import paired_effects
 from ichbench.board.render import board_text, build_board
 from ichbench.board.report import COLUMNS, build_report, report_csv, report_markdown, report_text, write_report
-from ichbench.board.runs import clusters_from, read_cases, read_run, report_of_run
+from ichbench.board.runs import case_column, clusters_from, read_cases, read_run, report_of_run
 from ichbench.board.words import TEXT_WIDTH
 from ichbench.cli import app
 from ichbench.errors import InputError
@@ -191,10 +191,12 @@ def test_clusters_reach_every_part(tmp_path: Path) -> None:
     [
         ("name,site\nc00,A\n", "line 1: there is no column 'case'"),
         ("case,site\nc00,A\nc00,B\n", "line 3: case 'c00' comes twice"),
-        ("case,site\nc00,A,more\n", "line 2: it has another number of cells"),
-        ("case,site\nc00\n", "line 2: it has another number of cells"),
+        ("case,site\nc00,A,more\n", "line 2: 3 columns, but there must be 2"),
+        ("case,site\nc00\n", "line 2: 1 columns, but there must be 2"),
         ('case,site\n"c00,A\n', "cannot be read as a table"),
         ("", "there is no column 'case'"),
+        ("case,site\n ,A\n", "line 2: the case has no name"),
+        ("\x00", "there is no column 'case'"),
     ],
 )
 def test_damaged_tables_of_cases_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -204,14 +206,70 @@ def test_damaged_tables_of_cases_are_named(tmp_path: Path, content: str, message
     assert read_cases(tmp_path / "no.csv") == {}
 
 
+def test_tables_of_cases_from_spreadsheets_and_with_blanks(tmp_path: Path) -> None:
+    (tmp_path / "cases.csv").write_bytes("\ufeffcase;group\r\nc00; p1 \r\nc01;  \r\n".encode())
+    assert read_cases(tmp_path / "cases.csv") == {"c00": {"case": "c00", "group": "p1"}, "c01": {"case": "c01", "group": ""}}
+    assert case_column([tmp_path / "cases.csv"], "group") == {"c00": "p1", "c01": ""}
+
+
+def test_strata_of_an_incomplete_table_are_an_error_or_a_note(tmp_path: Path) -> None:
+    path = run_folder(tmp_path / "run", {"w": 0.1}, **SITES)
+    lines = (path / "cases.csv").read_text().splitlines(keepends=True)
+    (path / "cases.csv").write_text("".join(lines[:-1]))
+    found = read_run(path)
+    report = report_of_run(found, resamples=200)
+    assert report.strata == ()
+    assert "no strata: cases.csv has no line for 1 of 16 scored cases: c15." in report_text(report)
+    assert "no strata: " in report_markdown(report)
+    assert "no strata" not in report_text(report_of_run(found, kinds=(), resamples=200))
+    done = CliRunner().invoke(app, ["effects", str(path), "--by", "site", "--resamples", "200"])
+    assert isinstance(done.exception, InputError)
+    assert "cases.csv has no line for c15; strata need every scored case" in str(done.exception)
+    assert CliRunner().invoke(app, ["effects", str(path), "--by", "none", "--resamples", "200"]).exit_code == 0
+
+
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "\x00", '{"design": "factorial", "factors": {"w": 1}}', '{"design": "factorial", "factors": 3}']
+    "content",
+    [
+        "{",
+        "[]",
+        "\x00",
+        *('{"arms": ' + value + "}" for value in ("null", "5", '"base"', "[1]", "[[]]")),
+        *('{"arms": ["base", "w"], "base": ' + value + "}" for value in ("5", '["w"]')),
+        *(
+            '{"design": "factorial", "factors": ' + value + "}"
+            for value in ('{"w": 1}', "3", "null", '[["a", "w"]]', '[["a", ["w"]], ["b", ["w"]]]', '[["a", ["w"]], ["a", ["d"]]]')
+        ),
+    ],
 )
 def test_damaged_run_files_are_named(tmp_path: Path, content: str) -> None:
     path = run_folder(tmp_path / "run", {"w": 0.1})
     (path / "run.json").write_text(content)
     with pytest.raises(InputError, match=r"run\.json"):
         read_run(path)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "[1]",
+        '"x"',
+        '{"inference": "unet"}',
+        '{"inference": {"predictor": "unet"}, "training": 3}',
+        *('{"inference": {"predictor": "unet"}, "training": {"cases": ' + value + "}}" for value in ('"many"', "null", "0", "2.5", "[]")),
+    ],
+)
+def test_damaged_recipes_are_named(tmp_path: Path, recipe: str) -> None:
+    path = run_folder(tmp_path / "run", {"w": 0.1})
+    (path / "recipes").mkdir()
+    (path / "recipes" / "w.json").write_text('{"recipe": ' + recipe + "}")
+    with pytest.raises(InputError, match=r"w\.json"):
+        read_run(path)
+
+
+def test_an_arm_that_a_run_names_twice_comes_once(tmp_path: Path) -> None:
+    path = run_folder(tmp_path / "run", {"w": 0.1}, {"arms": ["base", "w", "w", "gone"]})
+    assert read_run(path).arms == ("base", "w")
 
 
 def test_the_command_on_a_run_a_file_and_nonsense(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_columns_that_split_nothing_are_left_out() -> None:
     assert list(strata_of(cases(site=["A", "B"], reference_ml=["2", "30"]), ("site",))) == ["site"]
 
 
-@pytest.mark.parametrize("text", ["many", "-1", "nan", "inf"])
+@pytest.mark.parametrize("text", ["many", "-1", "nan", "inf", "1_0"])
 def test_cells_that_are_no_number_are_named(text: str) -> None:
     with pytest.raises(InputError, match=f"case c01: reference_ml is '{text}'"):
         strata_of(cases(reference_ml=["1", text]))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ichbench.board.runs import read_run
 from ichbench.errors import InputError
 from ichbench.scoring.score import Score
 from ichbench.scoring.strict_csv import columns_of, number_of, read_lines
@@ -153,6 +154,49 @@ def test_metrics_with_other_names_are_refused_with_the_nearest(tmp_path: Path) -
     assert "line 7: there is no metric 'zzz' (column 5, 1 such rows). Metrics are dice, nsd," in text
     path.write_text(HEAD + "a,-,-,c,nsd@1.0/2,0.5\n")
     assert len(read_score_files([path], known_metrics=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "words"),
+    [
+        ("dice", "57", "dice is a share and cannot be above 1 (in percent? divide by 100)"),
+        ("dice", "inf", "dice is a share and cannot be above 1"),
+        ("nsd@1.0/2", "1.000001", "nsd@1.0/2 is a share and cannot be above 1"),
+        ("dice", "-0.5", "dice cannot be below 0"),
+        ("hd", "-3", "hd cannot be below 0"),
+        ("hd95", "-inf", "hd95 cannot be below 0"),
+        ("rvd", "-0.1", "rvd cannot be below 0"),
+        ("missing", "2", "missing is a share and cannot be above 1"),
+        ("hd", "1.5e308", "hd cannot be that large; infinite is written inf"),
+        ("volume_bias_ml", "-1e101", "volume_bias_ml cannot be that large"),
+        ("volume_bias_ml", "-inf", "volume_bias_ml cannot be -inf"),
+    ],
+)
+def test_values_that_a_metric_cannot_have_are_refused(tmp_path: Path, metric: str, value: str, words: str) -> None:
+    path = tmp_path / "scores.csv"
+    path.write_text(HEAD + f"a,-,-,b,{metric},0\na,-,-,c,{metric},{value}\n")
+    for read in (lambda: read_score_files([path], known_metrics=True), lambda: read_run(path), lambda: read_run(tmp_path)):
+        with pytest.raises(InputError) as error:
+            read()
+        assert f"{path}, line 3: the value is {value!r} (column 6): {words}" in str(error.value)
+    assert len(read_scores(path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("metric", "value"), [("dice", "1.0000000005"), ("hd", "inf"), ("rvd_signed", "-0.9"), ("nsd", "nan"), ("rvd", "7"), ("hd", "-0.0")]
+)
+def test_values_that_a_metric_can_have_are_read(tmp_path: Path, metric: str, value: str) -> None:
+    path = tmp_path / "scores.csv"
+    path.write_text(HEAD + f"a,-,-,c,{metric},{value}\n")
+    assert len(read_score_files([path], known_metrics=True)) == len(read_run(path).rows) == 1
+
+
+def test_effects_knows_the_same_metrics_as_board(tmp_path: Path) -> None:
+    path = tmp_path / "scores.csv"
+    path.write_text(HEAD + "a,-,-,c,Hausdorff95,0.5\n")
+    for source in (path, tmp_path):
+        with pytest.raises(InputError, match="line 2: there is no metric 'Hausdorff95'"):
+            read_run(source)
 
 
 def test_wanted_columns_among_others(tmp_path: Path) -> None:

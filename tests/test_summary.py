@@ -61,6 +61,25 @@ def test_seeds_and_folds_are_not_extra_cases() -> None:
         assert getattr(nested, field) == pytest.approx(getattr(plain, field), abs=1e-12)
 
 
+def test_a_seed_with_more_folds_counts_as_much_as_another() -> None:
+    rows = [row for fold in "01234" for row in rows_of({"x": 0.9, "y": 0.8}, seed="0", fold=fold)]
+    rows += rows_of({"x": 0.3, "y": 0.2}, seed="1", fold="0")
+    table = case_table(rows, ("dice",))
+    assert table.values["a", "dice"].tolist() == pytest.approx([0.6, 0.5])
+    assert table.seed_means["a", "dice"] == pytest.approx((0.85, 0.25))
+    assert one(rows).mean == pytest.approx(sum(table.seed_means["a", "dice"]) / 2)
+    # an undefined fold leaves its seed to the others, an undefined seed the case to the other seeds
+    holes = rows_of({"x": 0.5}, seed="0", fold="0") + rows_of({"x": math.nan}, seed="0", fold="1")
+    holes += rows_of({"x": math.nan}, seed="1", fold="0") + rows_of({"x": 0.7}, seed="2", fold="0")
+    assert case_table(holes, ("dice",)).values["a", "dice"].tolist() == pytest.approx([0.6])
+
+
+def test_an_ensemble_is_no_further_seed() -> None:
+    rows = rows_of({"x": 0.9}, seed="-") + rows_of({"x": 0.5}, seed="0")
+    with pytest.raises(InputError, match=r"arm 'a' has rows with the seed '-' .* beside those of the seeds 0 for 1 cases: x"):
+        case_table(rows, ("dice",))
+
+
 def test_cross_validation_folds_share_out_the_cases() -> None:
     rows = rows_of({"x": 0.5, "y": 0.7}, fold="0", seed="0") + rows_of({"z": 0.3}, fold="1", seed="0")
     assert one(rows).n == 3

@@ -6,7 +6,6 @@ the tolerance that the board states.
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 
 from ichbench.ablation.dag import make_dag
 from ichbench.ablation.engine import run_dag
-from ichbench.ablation.facts import collect_scores, recipe_json
+from ichbench.ablation.facts import cases_csv, collect_scores, recipe_json
 from ichbench.ablation.run import PHANTOM_COHORT, phantom_cohort
 from ichbench.ablation.settings import PHANTOM
 from ichbench.ablation.study import UNTRAINED, Study, make_study
@@ -29,7 +28,9 @@ from ichbench.cases.files import write_atomically
 from ichbench.cases.images import read_labels
 from ichbench.errors import CaseError, InputError
 from ichbench.scoring.probes import probe_rows
+from ichbench.scoring.protocol import PROTOCOLS
 from ichbench.scoring.score import Score, rows_for_case
+from ichbench.scoring.strict_csv import read_lines
 from ichbench.scoring.tables import read_scores, write_scores
 
 #: Largest accepted change of an arm's mean when it is trained again on another machine (measured: README of the board).
@@ -91,6 +92,7 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
         )
     if missing := {"study", "preset", "seeds", "folds", "protocol", "threads", "arms", "base", "rerun_tolerances"} - about.keys():
         raise InputError(f"{folder / 'board.json'} lacks {', '.join(sorted(missing))}; freeze the board again")
+    _check_types(folder / "board.json", about, {row.arm for row in committed})
     study = make_study(about["study"], about["preset"])
     untrained = {arm.name for arm in study.arms if arm.recipe.inference.predictor in UNTRAINED}
     differences, compared = _stale_recipes(folder, study)
@@ -99,14 +101,13 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
     compared += len(probes)
     with tempfile.TemporaryDirectory(prefix="ichbench-check-") as scratch:
         cohort = phantom_cohort(Path(scratch) / "cohort")
-        digests = {line["case"]: line["digest"] for line in csv.DictReader((folder / "cases.csv").read_text(encoding="utf-8").splitlines())}
-        known = set(cohort.train_ids) | set(cohort.test_ids)
-        differences += compare_digests(digests, {name: cohort.case_digest(name) for name in digests if name in known})
         rescored = _rescored(folder, committed, cohort, about["protocol"])
+        found, compared_cases = _stale_cases(folder / "cases.csv", cohort, committed, rescored)
+        differences += found
         differences += compare_scores(committed, rescored)
         fresh = _measured(study, untrained, cohort, about, Path(scratch))
         differences += compare_scores([row for row in committed if row.arm in untrained], fresh)
-        compared += len(digests) + len(committed) + len(fresh)
+        compared += compared_cases + len(committed) + len(fresh)
         learned: list[Score] = []
         if rerun:
             trained = {arm.name for arm in study.arms} - untrained
@@ -120,6 +121,31 @@ def recheck(folder: Path, rerun: bool = False) -> tuple[list[Difference], int]:
         differences += compare_text(name, (folder / name).read_text(encoding="utf-8"), text)
         compared += 1
     return list(dict.fromkeys(differences)), compared
+
+
+def _check_types(path: Path, about: dict[str, Any], arms: set[str]) -> None:
+    """InputError for values in board.json that are not of their kind."""
+    kinds = {"study": str, "preset": str, "protocol": str, "base": str, "threads": int}
+    kinds |= {"seeds": list, "folds": list, "arms": list, "rerun_tolerances": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(about[key], kind)]
+    if not wrong:
+        items = {"seeds": int, "folds": str, "arms": str}
+        wrong += [key for key, kind in items.items() if not about[key] or not all(isinstance(item, kind) for item in about[key])]
+        wrong += ["rerun_tolerances"] if not all(isinstance(limit, int | float) for limit in about["rerun_tolerances"].values()) else []
+        wrong += ["base"] if about["base"] not in arms else []
+        wrong += ["protocol"] if about["protocol"] not in PROTOCOLS else []
+    if wrong:
+        raise InputError(f"{path}: {', '.join(f'{key} is {about[key]!r}' for key in wrong)}, which no board has; freeze the board again")
+
+
+def _stale_cases(path: Path, cohort: Cohort, committed: list[Score], rescored: list[Score]) -> tuple[list[Difference], int]:
+    """Every scored case by its digest, and then the whole table: strata and clusters come from its other columns."""
+    digests = {line.cells[0]: line.cells[1] for line in read_lines(path, ("case", "digest"), optional=True)}
+    known = set(cohort.train_ids) | set(cohort.test_ids)
+    scored = dict.fromkeys(row.case for row in committed if row.case in known)
+    found = compare_digests(digests, {name: cohort.case_digest(name) for name in scored})
+    found += compare_text(path.name, path.read_text(encoding="utf-8"), cases_csv(cohort, rescored))
+    return found, len(scored) + 1
 
 
 def _measured(study: Study, names: set[str], cohort: Cohort, about: dict[str, Any], scratch: Path) -> list[Score]:

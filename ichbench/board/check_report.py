@@ -53,6 +53,7 @@ def check_json(differences: Sequence[Difference], n_compared: int) -> str:
 
 def check_junit(differences: Sequence[Difference], n_compared: int, name: str) -> str:
     """The outcome as JUnit XML: one test case for each of `SUITES`, with its differences as the failure. `name` is the board's."""
+    name = _xml_text(name)
     by_suite: dict[str, list[Difference]] = {suite: [] for suite in SUITES}
     for difference in differences:
         by_suite[_suite_of(difference)].append(difference)

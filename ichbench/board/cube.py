@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.board.summary import listed
+from ichbench.board.summary import listed, mark_of, mean_of_seeds, refuse_mixed_seeds
 from ichbench.errors import InputError
 from ichbench.scoring.protocol import METRICS, Better, split_metric
 
@@ -52,7 +52,8 @@ class Cube:
 
     values_mac          float64; inf as it came, nan where undefined or absent
     absent_mac          True where an arm has no row (or one of its seeds has none)
-    n_empty, n_missing  per arm: cases with an empty prediction, and with none at all (scored as empty); -1 if the rows do not say
+    n_empty, n_missing  per arm: cases with an empty prediction (in the label of a ranked metric: `dice/2` counts empty labels 2), and
+                        with none at all (scored as empty); -1 if the rows do not say
     """
 
     metrics: tuple[str, ...]
@@ -97,15 +98,16 @@ def better_of(metric: str) -> Better:
 
 
 def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
-    """Fold score rows; arms and cases in alphabetical order, metrics as given. Seeds and folds of a case are averaged (nan left out).
+    """Fold score rows; arms and cases in alphabetical order, metrics as given. Folds of a seed, then seeds are averaged (nan left out).
 
     A cell is absent when the arm has no such row, or when one of its seeds lacks it: what the other seeds say is another question.
-    InputError: no rows, two rows of one number (all are listed), a metric that no row has, a mark that is neither 0 nor 1.
+    InputError: no rows, two rows of one number (all are listed), an arm with and without seeds, a metric that no row
+    has, a mark that is neither 0 nor 1.
     """
-    wanted = frozenset(metrics) | {"empty_prediction", "missing"}
-    runs: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    seeds_of: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    seeds: dict[str, set[str]] = defaultdict(set)
+    mark_names = {mark: {mark_of(metric, mark) for metric in metrics} for mark in ("empty_prediction", "missing")}
+    wanted = frozenset(metrics).union(*mark_names.values())
+    runs: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(dict)
+    seeds: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     cases: set[str] = set()
     seen: set[tuple[str, ...]] = set()
     repeated: list[str] = []
@@ -113,19 +115,19 @@ def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
     for row in rows:
         present.add(row.metric)
         cases.add(row.case)
-        seeds[row.arm].add(row.seed)
+        seeds[row.arm][row.seed].add(row.case)
         if row.metric not in wanted:
             continue
         key = tuple(row[:5])
         if key in seen:
             repeated.append(",".join(key))
         seen.add(key)
-        runs[row.metric, row.arm, row.case].append(float(row.value))
-        seeds_of[row.metric, row.arm, row.case].add(row.seed)
+        runs[row.metric, row.arm, row.case].setdefault(row.seed, []).append(float(row.value))
     if not cases:
         raise InputError("there are no score rows, so there is nothing to rank. Score a cohort first")
     if repeated:
         raise InputError(f"duplicate score rows (arm,fold,seed,case,metric): {listed(repeated)}. Keep one row of each")
+    refuse_mixed_seeds(seeds)
     unknown = [metric for metric in metrics if metric not in present]
     if unknown or not metrics:
         raise InputError(f"no score row has the metric {listed(unknown) or '(none given)'}; the rows have {listed(sorted(present))}")
@@ -135,18 +137,21 @@ def cube_of_rows(rows: Iterable[Score], metrics: Sequence[str]) -> Cube:
     arm_place = {arm: index for index, arm in enumerate(arms)}
     case_place = {case: index for index, case in enumerate(ids)}
     metric_place = {metric: index for index, metric in enumerate(metrics)}
-    marked = {"empty_prediction": [-1] * len(arms), "missing": [-1] * len(arms)}
-    for (metric, arm, case), found in runs.items():
-        if metric in marked:
-            if any(value not in (0.0, 1.0) for value in found):
-                raise InputError(f"arm {arm!r}, case {case!r}: {metric} is {found[0]!r}; it must be 0 or 1")
-            count = marked[metric]
-            count[arm_place[arm]] = max(count[arm_place[arm]], 0) + int(max(found))
+    marked: dict[str, dict[str, set[str]]] = {mark: {} for mark in mark_names}
+    for (metric, arm, case), by_seed in runs.items():
+        found = [value for folds in by_seed.values() for value in folds]
+        for mark, names in mark_names.items():
+            if metric in names:
+                if any(value not in (0.0, 1.0) for value in found):
+                    raise InputError(f"arm {arm!r}, case {case!r}: {metric} is {found[0]!r}; it must be 0 or 1")
+                # a case counts once, whichever of its seeds and ranked labels is empty
+                marked[mark].setdefault(arm, set()).update({case} if max(found) else ())
         if metric in metric_place:
             at = metric_place[metric], arm_place[arm], case_place[case]
-            absent[at] = seeds_of[metric, arm, case] != seeds[arm]
-            values[at] = math.nan if absent[at] else found[0] if len(found) == 1 else _mean_of_runs(found)
-    return Cube(tuple(metrics), arms, ids, values, absent, tuple(marked["empty_prediction"]), tuple(marked["missing"]))
+            absent[at] = by_seed.keys() != seeds[arm].keys()
+            values[at] = math.nan if absent[at] else found[0] if len(found) == 1 else mean_of_seeds(by_seed.values())
+    n_empty, n_missing = (tuple(len(by_arm[arm]) if arm in by_arm else -1 for arm in arms) for by_arm in marked.values())
+    return Cube(tuple(metrics), arms, ids, values, absent, n_empty, n_missing)
 
 
 def parse_rule(text: str, kinds: Sequence[Kind], metrics: Sequence[str], option: str) -> Rule:
@@ -277,9 +282,3 @@ def _holes(cube: Cube, hole: BoolArray) -> str:
         "what a missing value is worth: --missing worst, drop, drop-case, or penalties such as dice=0,hd=374 "
         "(nan may mean that there is nothing to measure, as in two empty masks: then drop-case is fair)"
     )
-
-
-def _mean_of_runs(found: list[float]) -> float:
-    runs = [value for value in found if not math.isnan(value)]
-    both_infinities = math.inf in runs and -math.inf in runs
-    return math.fsum(runs) / len(runs) if runs and not both_infinities else math.nan

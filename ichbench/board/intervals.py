@@ -50,7 +50,10 @@ def exact_mean(values: Sequence[float] | FloatArray) -> float:
     numbers = [float(value) for value in values]
     if not numbers or (math.inf in numbers and -math.inf in numbers):
         return math.nan
-    return min(max(math.fsum(numbers) / len(numbers), min(numbers)), max(numbers))
+    try:
+        return min(max(math.fsum(numbers) / len(numbers), min(numbers)), max(numbers))
+    except OverflowError:
+        raise InputError(f"the sum of {len(numbers)} values is too large for a computer (up to {max(map(abs, numbers)):g})") from None
 
 
 def unit_sums(values: FloatArray, clusters: Sequence[str] | None = None) -> tuple[FloatArray, FloatArray]:
@@ -97,7 +100,7 @@ def mean_intervals(
     expanded     the same further out: the tail is a normal's at sqrt(n / (n - 1)) x t quantile (Hesterberg 2015, section 5.2)
     outer        the wider of t and expanded at each end
     bca          bias-corrected and accelerated, jackknife over units (Efron 1987)
-    bootstrap-t  studentised resamples; those without any spread are left out
+    bootstrap-t  studentised resamples; those without any spread are left out; (nan, nan) below three units
 
     A column with an infinite value has no standard error: its ends are order statistics (percentile, or else expanded), and
     exact. (nan, nan) below two units, and where +inf and -inf meet.
@@ -106,7 +109,8 @@ def mean_intervals(
         raise InputError(f"interval method {method!r} is not known; give one of {', '.join(METHODS)}")
     n_units, n_columns = sums.shape
     lower, upper = np.full(n_columns, np.nan), np.full(n_columns, np.nan)
-    if n_units < 2:
+    # of two units every resample with a spread is the sample itself: nothing is studentised
+    if n_units < (3 if method == "bootstrap-t" else 2):
         return lower, upper
     means = sums / sizes[:, None]
     finite = np.isfinite(sums).all(axis=0)

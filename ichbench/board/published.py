@@ -20,7 +20,7 @@ from ichbench.board.cube import better_of
 from ichbench.board.ranking import SCHEMES, TIES, Ties, get_scheme, ranks_of_means
 from ichbench.board.summary import ArmSummary, listed
 from ichbench.errors import InputError
-from ichbench.scoring.protocol import split_metric
+from ichbench.scoring.protocol import split_metric, why_impossible
 from ichbench.scoring.strict_csv import check_names, in_short, numbers_of, read_lines
 
 HEADER = ("team", "metric", "statistic", "value", "n", "source")
@@ -28,6 +28,8 @@ STATISTICS = ("mean", "sd", "median", "min", "max", "q25", "q75", "place")
 INFINITE = "infinite:"
 #: Schemes that need no cases.
 PUBLISHED_SCHEMES = ("instance2022", "mean-then-rank")
+#: The scheme of a table that is only shown.
+UNRANKED = "none"
 PUBLISHED_NAME, TABLES_NAME = "published.csv", "tables.toml"
 _KEYS = {"name": str, "title": str, "sources": list, "scheme": str, "ties": str, "metrics": list, "notes": list, "highlight": list}
 
@@ -139,6 +141,7 @@ def read_tables(path: Path) -> list[PublishedTable]:
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise InputError(f"{declared}: needs at least one [[table]]")
     found = [_table(table, rows, declared) for table in tables]
+    _refuse_twice(f"{declared}: the tables have the name", [table.name for table in found])
     taken = [source for table in found for source in table.sources]
     for source in dict.fromkeys(row.source for row in rows):
         if taken.count(source) != 1:
@@ -147,7 +150,14 @@ def read_tables(path: Path) -> list[PublishedTable]:
 
 
 def rank_published(table: PublishedTable, ties: Ties | None = None, metrics: Sequence[str] | None = None) -> PublishedRanking:
-    """Rank a table's teams by their published means. A team that lacks a ranked metric is named in `unranked`, never ranked on the rest."""
+    """Rank a table's teams by their published means. A team that lacks a ranked metric is named in `unranked`, never ranked on the rest.
+
+    With the scheme none there are no ranks, and the teams stand in the order of their published places, else of the rows.
+    """
+    if table.scheme == UNRANKED:
+        place = {team: table.value(team, "-", "place") for team in table.teams}
+        teams = tuple(sorted(table.teams, key=lambda team: (math.isnan(place[team]), place[team] if place[team] > 0 else 0.0)))
+        return PublishedRanking(teams, {}, {}, {}, {})
     ranked_by = tuple(metrics or table.metrics)
     lacking = {team: tuple(m for m in ranked_by if math.isnan(table.value(team, m))) for team in table.teams}
     teams = tuple(team for team in table.teams if not lacking[team])
@@ -166,7 +176,9 @@ def rank_published(table: PublishedTable, ties: Ties | None = None, metrics: Seq
 
 
 def ranks_by_rule(table: PublishedTable) -> dict[str, dict[str, float]]:
-    """rule -> team -> rank: every tie rule, and every ranked metric left out (if there are several)."""
+    """rule -> team -> rank: every tie rule, and every ranked metric left out (if there are several). Nothing if it is not ranked."""
+    if table.scheme == UNRANKED:
+        return {}
     rules: dict[str, dict[str, float]] = {f"ties {ties}": dict(rank_published(table, ties).ranks) for ties in TIES}
     if len(table.metrics) > 1:
         full = set(rank_published(table).teams)
@@ -177,17 +189,30 @@ def ranks_by_rule(table: PublishedTable) -> dict[str, dict[str, float]]:
 
 
 def with_published_rule(table: PublishedTable, scheme: str | None, ties: Ties | None, metrics: Sequence[str] | None) -> PublishedTable:
-    """The table ranked another way. InputError for a scheme that needs cases."""
-    chosen = table.scheme if scheme is None else get_scheme(scheme).name
-    if chosen not in PUBLISHED_SCHEMES:
+    """The table ranked another way, or (scheme none) not at all. By other metrics than its scheme prescribes it is mean-then-rank.
+
+    InputError for a scheme that needs cases, metrics that the asked scheme does not rank by, and metrics that come twice.
+    """
+    chosen = table.scheme if scheme is None else UNRANKED if scheme == UNRANKED else get_scheme(scheme).name
+    if chosen not in (*PUBLISHED_SCHEMES, UNRANKED):
         raise InputError(
             f"{chosen} needs the value of every case, and published boards have means only; choose {' or '.join(PUBLISHED_SCHEMES)}"
         )
-    prescribed = SCHEMES[chosen].metrics if scheme is not None else None
-    by = tuple(metrics or prescribed or table.metrics)
+    _refuse_twice("--metrics names", metrics or ())
+    prescribed = SCHEMES[chosen].metrics if chosen != UNRANKED else None
+    if metrics is not None and prescribed is not None and set(metrics) != set(prescribed):
+        if scheme is not None:
+            raise InputError(f"{chosen} ranks by {', '.join(prescribed)}; for others choose another scheme, such as mean-then-rank")
+        chosen = "mean-then-rank"
+    by = tuple(metrics or (prescribed if scheme is not None else None) or table.metrics)
     for metric in by:
         better_of(metric)
     return replace(table, scheme=chosen, ties=ties or table.ties, metrics=by)
+
+
+def _refuse_twice(what: str, names: Sequence[str]) -> None:
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise InputError(f"{what} {listed(repeated)} twice; each counts once")
 
 
 def _lower(metric: str, value: float) -> float:
@@ -196,13 +221,21 @@ def _lower(metric: str, value: float) -> float:
 
 def _problems(metric: str, statistic: str, value: float, n: float) -> list[str]:
     found = []
-    if not (n >= 1 and n == int(n) if math.isfinite(n) else False):
+    if not (1 <= n <= 1e9 and n == int(n)):
         found.append(f"n is {n:g} (column 5); it is the number of cases, a whole number from 1")
     if metric != "-":
         try:
             split_metric(metric)
         except InputError as error:
             found.append(f"(column 2) {error}")
+        else:
+            # a spread has the unit of its metric, and none is negative
+            why = "sd cannot be below 0" if statistic == "sd" and value < 0 else ""
+            if statistic != "sd" and statistic in STATISTICS:
+                why = why_impossible(metric, value)
+            found += [f"the value is {value:g} (column 4): {why}"] if why else []
+    elif statistic == "place" and not 1 <= value < math.inf:
+        found.append(f"the value is {value:g} (column 4): a place is 1 or more")
     if statistic.startswith(INFINITE):
         if statistic == INFINITE or value not in (0.0, 1.0) or metric == "-":
             found.append(f"{statistic!r} (column 3) names a case after the colon, a metric, and has the value 1")
@@ -215,10 +248,13 @@ def _problems(metric: str, statistic: str, value: float, n: float) -> list[str]:
 
 def _table(given: Mapping[str, Any], rows: Sequence[PublishedRow], path: Path) -> PublishedTable:
     strange = [key for key, value in given.items() if key not in _KEYS or not isinstance(value, _KEYS[key])]
+    strange += [key for key, value in given.items() if isinstance(value, list) and not all(isinstance(item, str) for item in value)]
     if strange or "name" not in given or not given.get("sources"):
         raise InputError(
             f"{path}: a [[table]] has name, sources, and perhaps {', '.join(_KEYS)}; not clear: {listed(strange) or 'name, sources'}"
         )
+    for key in ("sources", "metrics", "highlight"):
+        _refuse_twice(f"{path}: table {given['name']!r}: {key} names", given.get(key, ()))
     members = tuple(row for row in rows if row.source in given["sources"])
     lacking = [source for source in given["sources"] if source not in {row.source for row in rows}]
     if lacking:
@@ -231,8 +267,15 @@ def _table(given: Mapping[str, Any], rows: Sequence[PublishedRow], path: Path) -
         raise InputError(f"{path}: table {given['name']!r} has two values, by two sources, of {listed(repeated)}; a table can show one")
     known = dict.fromkeys(row.metric for row in members if row.statistic == "mean" and split_metric(row.metric))
     by = tuple(given.get("metrics") or SCHEMES[scheme].metrics or known)
+    prescribed = SCHEMES[scheme].metrics
+    if prescribed is not None and set(by) != set(prescribed):
+        raise InputError(
+            f"{path}: table {given['name']!r}: {scheme} ranks by {', '.join(prescribed)}; for others the scheme is mean-then-rank"
+        )
     for metric in by:
         better_of(metric)
+    if unknown := [team for team in given.get("highlight", ()) if team not in {row.team for row in members}]:
+        raise InputError(f"{path}: table {given['name']!r}: highlight names {listed(unknown)}, and no row has such a team")
     ties: Ties = next(rule for rule in TIES if rule == given.get("ties", "min"))
     notes, highlight = tuple(map(str, given.get("notes", ()))), tuple(map(str, given.get("highlight", ())))
     return PublishedTable(str(given["name"]), str(given.get("title", given["name"])), members, scheme, ties, by, notes, highlight)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ichbench.board.grid import Grid, csv_of, heading, markdown_of, safe, shown_rank, shown_value, text_of, wrapped
-from ichbench.board.published import PublishedRanking, PublishedTable, rank_published, ranks_by_rule, shown_metrics
+from ichbench.board.published import UNRANKED, PublishedRanking, PublishedTable, rank_published, ranks_by_rule, shown_metrics
 from ichbench.board.summary import ArmSummary
 from ichbench.cases.files import write_atomically
 
@@ -85,7 +85,7 @@ def published_json(tables: Sequence[PublishedTable], measured: Measured | None =
             "ties": table.ties,
             "metrics": list(table.metrics),
             "ranking": [
-                {"team": team, "rank": ranking.ranks[team], "mean_of_ranks": ranking.combined[team],
+                {"team": team, "rank": ranking.ranks.get(team), "mean_of_ranks": ranking.combined.get(team),
                  "kind": "measured" if team in ours else f"published, {NO_INTERVAL}", "n": list(table.n_of(team)),
                  "means": {m: repr(table.value(team, m)) for m in shown_metrics(table) if not math.isnan(table.value(team, m))}}
                 for team in ranking.teams
@@ -117,6 +117,8 @@ def _text(table: PublishedTable, ours: Measured) -> str:
 
 
 def _rule(table: PublishedTable) -> str:
+    if table.scheme == UNRANKED:
+        return "published means, not ranked"
     how = f"rank in each of {', '.join(table.metrics)}, mean of the ranks" if len(table.metrics) > 1 else f"rank by {table.metrics[0]}"
     return f"{table.scheme}: published means, {how}; ties: {table.ties}"
 
@@ -179,7 +181,7 @@ def _notes(table: PublishedTable, ranking: PublishedRanking, ours: Measured) -> 
                 f"{metric}: {len(infinite)} of {len(ranking.teams)} means are infinite and tie; which cases make them so is not published."
             )
     rules = ranks_by_rule(table)
-    for team in table.highlight:
+    for team in table.highlight if rules else ():
         low, mean, high = (rules[f"ties {ties}"].get(team, math.nan) for ties in ("min", "average", "max"))
         if team in ranking.ranks and len({low, mean, high}) > 1:
             notes.append(

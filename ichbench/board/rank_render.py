@@ -198,10 +198,12 @@ def _notes(board: RankBoard) -> list[str]:
         )
     if board.n_groups is not None and "test-then-rank" in board.by_scheme:
         notes.append(f"test-then-rank takes the {n} cases as independent although they are {board.n_groups} groups, so it is too sure.")
-    if n == 1:
-        notes.append("One case: every resample is the same, so the ranks' intervals and P(rank 1) say nothing.")
-    elif n < ROUGH_BELOW_CASES:
-        notes.append(f"{n} cases: below {ROUGH_BELOW_CASES} all of this is rough.")
+    # what is drawn is what counts: 60 cases of 4 patients are 4
+    drawn, word = (n, "case") if board.n_groups is None else (board.n_groups, "group")
+    if drawn == 1:
+        notes.append(f"One {word}: every resample is the same, so the ranks' intervals and P(rank 1) say nothing.")
+    elif drawn < ROUGH_BELOW_CASES:
+        notes.append(f"{drawn} {word}s: below {ROUGH_BELOW_CASES} all of this is rough.")
     return notes
 
 

@@ -57,6 +57,7 @@ class Report:
     method: Method
     resamples: int
     clustered: bool
+    remarks: tuple[str, ...] = ()
 
 
 def build_report(
@@ -73,8 +74,12 @@ def build_report(
     resamples: int = DEFAULT_RESAMPLES,
     seed: int = 0,
     kinds: Sequence[str] = KINDS,
+    remarks: Sequence[str] = (),
 ) -> Report:
-    """Rows -> report. What is not given (cases.csv, factors, numbers of training cases) leaves its part empty. Errors: as each part's."""
+    """Rows -> report. What is not given (cases.csv, factors, numbers of training cases) leaves its part empty. Errors: as each part's.
+
+    `remarks` are said among the notes.
+    """
     table = case_table(rows, metrics)
     require_same_cases(table)
     order = {arm: place for place, arm in enumerate(arm_order or table.arms)}
@@ -89,6 +94,7 @@ def build_report(
         method=method,
         resamples=resamples,
         clustered=clusters is not None,
+        remarks=tuple(remarks),
     )
 
 
@@ -233,7 +239,7 @@ def _notes(report: Report) -> list[str]:
             f"{arm} is better in one stratum of {kind} and worse in another ({metric})."
             for kind, arm, metric in differing_strata(report.strata)
         ]
-    return notes
+    return [*notes, *report.remarks]
 
 
 def _standardised(estimate: Estimate) -> str:

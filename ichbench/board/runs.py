@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from ichbench.board.strata import KINDS
 from ichbench.board.summary import DEFAULT_METRICS, Clusters, listed
 from ichbench.errors import InputError
 from ichbench.scoring.score import Score
-from ichbench.scoring.tables import read_scores
+from ichbench.scoring.strict_csv import columns_of, read_lines
+from ichbench.scoring.tables import read_score_files
 
 #: What `--cluster` may be: group (patients) where cases share one, a column of cases.csv, or nothing.
 CLUSTERS = ("auto", "group", "site", "none")
@@ -40,38 +40,65 @@ class Run:
 def read_run(path: Path) -> Run:
     """Read `path`, a folder with scores.csv or such a file. InputError with the file's name for whatever is damaged."""
     if not path.is_dir():
-        return Run(read_scores(path), {}, None, (), {}, {})
+        return Run(read_score_files([path], known_metrics=True), {}, None, (), {}, {})
     if not (path / "scores.csv").is_file():
         raise InputError(f"{path} holds no scores.csv; give the folder of a finished run-ablation, or a scores.csv")
-    rows = read_scores(path / "scores.csv")
+    rows = read_score_files([path / "scores.csv"], known_metrics=True)
     about = _json(path / "run.json") | _json(path / "board.json")
     scored = {row.arm for row in rows}
-    arms = tuple(str(arm) for arm in about.get("arms", ()) if arm in scored)
+    named, base = about.get("arms", []), about.get("base")
+    if not isinstance(named, list) or not all(isinstance(arm, str) for arm in named) or not isinstance(base, str | None):
+        raise InputError(f"{path / 'run.json'} or board.json: arms is a list of names and base one name; run the study again")
+    arms = tuple(dict.fromkeys(arm for arm in named if arm in scored))
     factors = _factors(path, about) if about.get("design") == "factorial" else {}
-    base = about.get("base", next(iter(about.get("arms", ())), None))
-    return Run(rows, read_cases(path / "cases.csv"), base, arms, factors, _training_cases(path, scored))
+    return Run(rows, read_cases(path / "cases.csv"), base or next(iter(named), None), arms, factors, _training_cases(path, scored))
 
 
 def read_cases(path: Path) -> dict[str, dict[str, str]]:
-    """case -> column -> text; nothing where there is no such file. InputError: no column `case`, a case twice, a line of another length."""
+    """case -> column -> text without blanks around it; nothing where there is no such file. Files: as `strict_csv` has them.
+
+    InputError: no column `case`, a case without a name or twice, a line of another length, a file that is no such table.
+    """
     if not path.is_file():
         return {}
+    columns = case_columns(path)
     found: dict[str, dict[str, str]] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            if "case" not in (reader.fieldnames or ()):
+    for line in read_lines(path, columns):
+        cells = dict(zip(columns, map(str.strip, line.cells), strict=True))
+        case = cells["case"]
+        if not case or case in found:
+            problem = f"case {case!r} comes twice; keep one line of each" if case else "the case has no name"
+            raise InputError(f"{path}, line {line.number}: {problem}")
+        found[case] = cells
+    return found
+
+
+def case_columns(path: Path) -> tuple[str, ...]:
+    """The columns of a cases.csv. InputError: none of them is `case`, or the file cannot be read."""
+    columns = columns_of(path)
+    if "case" not in columns:
+        raise InputError(f"{path}, line 1: there is no column 'case'; the columns are {', '.join(columns) or 'none'}")
+    return columns
+
+
+def case_column(paths: Sequence[Path], column: str) -> dict[str, str]:
+    """case -> text of one column of several cases.csv, without blanks around it. An empty cell says nothing and contradicts nothing.
+
+    InputError: no file has the column, or one case has two values.
+    """
+    found: dict[str, str] = {}
+    said_in: dict[str, str] = {}
+    for path in [path for path in paths if column in columns_of(path)] or paths:
+        for line in read_lines(path, ("case", column), optional=True):
+            case, value = map(str.strip, line.cells)
+            here = f"{path}, line {line.number}"
+            if value and found.get(case) and found[case] != value:
                 raise InputError(
-                    f"{path}, line 1: there is no column 'case'; the columns are {', '.join(reader.fieldnames or ()) or 'none'}"
+                    f"{here}: case {case!r} has two values of {column}, {found[case]!r} and {value!r} (the first in {said_in[case]}); "
+                    "keep one"
                 )
-            for line in reader:
-                if None in line or None in line.values():
-                    raise InputError(f"{path}, line {reader.line_num}: it has another number of cells than the header")
-                if line["case"] in found:
-                    raise InputError(f"{path}, line {reader.line_num}: case {line['case']!r} comes twice; keep one line of each")
-                found[line["case"]] = line
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as a table of cases: {error}") from None
+            if value or case not in found:
+                found[case], said_in[case] = value, here
     return found
 
 
@@ -102,9 +129,13 @@ def report_of_run(
     metrics: Sequence[str] = DEFAULT_METRICS,
     cluster: str = "auto",
     kinds: Sequence[str] = KINDS,
+    strata_asked: bool = False,
     **options: Any,
 ) -> Report:
-    """The report of a run; `options` as `build_report` takes them. InputError: no base is known, and whatever a part refuses."""
+    """The report of a run; `options` as `build_report` takes them. InputError: no base is known, and whatever a part refuses.
+
+    Strata need every scored case in cases.csv. Where it lacks some, that is an error if strata were asked for, else a note.
+    """
     chosen = base or run.base or "base"
     arms = {row.arm for row in run.rows}
     if chosen not in arms:
@@ -112,7 +143,11 @@ def report_of_run(
     scored = sorted({row.case for row in run.rows})
     # arms that failed leave a design incomplete: its contrasts would mix, so that part is left out
     complete = run.factors if chosen == run.base and _has_design(run, arms) else {}
-    described = run.cases if all(case in run.cases for case in scored) else {}
+    lacking = [case for case in scored if case not in run.cases]
+    notes: list[str] = []
+    if run.cases and kinds and lacking and not strata_asked:
+        notes.append(f"no strata: cases.csv has no line for {len(lacking)} of {len(scored)} scored cases: {listed(lacking)}.")
+    described = {} if lacking and not strata_asked else run.cases
     return build_report(
         run.rows,
         chosen,
@@ -123,13 +158,21 @@ def report_of_run(
         run.training_cases,
         clusters_from(run.cases, scored, cluster),
         kinds=kinds,
+        remarks=notes,
         **options,
     )
 
 
 def _factors(path: Path, about: Mapping[str, Any]) -> dict[str, list[str]]:
+    factors = about.get("factors", [])
     try:
-        return {str(name): [str(level) for level in levels] for name, levels in about.get("factors", [])}
+        if any(isinstance(levels, str) for _, levels in factors):
+            raise TypeError
+        found = {str(name): [str(level) for level in levels] for name, levels in factors}
+        levels = [level for its in found.values() for level in its]
+        if len(found) < len(factors) or len(set(levels)) < len(levels):
+            raise ValueError
+        return found
     except (TypeError, ValueError):
         raise InputError(f"{path / 'run.json'}: factors must be a list of [name, levels]; run the study again") from None
 
@@ -146,9 +189,14 @@ def _training_cases(path: Path, scored: set[str]) -> dict[str, int]:
     groups: dict[str, list[str]] = {}
     for file in sorted((path / "recipes").glob("*.json")):
         recipe = _json(file).get("recipe", {})
+        parts = [recipe, *(recipe.get(part, {}) for part in ("inference", "training"))] if isinstance(recipe, dict) else [recipe]
+        if not all(isinstance(part, dict) for part in parts):
+            raise InputError(f"{file} holds no recipe; run the study again, or give its scores.csv alone")
         if file.stem not in scored or recipe.get("inference", {}).get("predictor") != "unet":
             continue
         cases = recipe.get("training", {}).pop("cases", "all")
+        if cases != "all" and not (str(cases).isdecimal() and int(cases) > 0):
+            raise InputError(f"{file}: training.cases is {cases!r}; it is all or a whole number from 1. Run the study again")
         whole = _all_cases(path, file.stem)
         if cases != "all" or whole is not None:
             counts[file.stem] = min(int(cases), whole or int(cases)) if cases != "all" else int(whole or 0)
@@ -168,7 +216,10 @@ def _all_cases(path: Path, arm: str) -> int | None:
         except (OSError, ValueError, LookupError, TypeError):
             raise InputError(f"{splits} is damaged; run the study again") from None
     for file in sorted((path / "models").glob(f"{arm}-*/model.json")):
-        return int(_json(file).get("n_training", 0)) or None
+        count = _json(file).get("n_training", 0)
+        if not isinstance(count, int):
+            raise InputError(f"{file}: n_training is {count!r}; it is a whole number. Run the study again")
+        return count or None
     return None
 
 

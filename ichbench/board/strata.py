@@ -10,6 +10,7 @@ from ichbench.board.effects import Effect, better_direction, differences_of, eff
 from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, Method
 from ichbench.board.summary import ArmSummary, CaseTable, Clusters, clusters_of, listed, summarise_table
 from ichbench.errors import InputError
+from ichbench.scoring.strict_csv import number_of
 
 #: case -> column -> text, as cases.csv has them
 Cases = Mapping[str, Mapping[str, str]]
@@ -162,7 +163,7 @@ def _number(case: str, line: Mapping[str, str], column: str) -> float | None:
     if not text:
         return None
     try:
-        value = float(text)
+        value = number_of(text)
     except ValueError:
         value = math.nan
     if not (0 <= value < math.inf):

@@ -23,7 +23,7 @@ from ichbench.board.intervals import LEVEL as LEVEL
 from ichbench.board.intervals import FloatArray as FloatArray
 from ichbench.board.intervals import exact_mean as exact_mean
 from ichbench.errors import InputError
-from ichbench.scoring.protocol import MARKS, split_metric
+from ichbench.scoring.protocol import MARKS, range_of
 from ichbench.scoring.tables import percentiles
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ Clusters = Mapping[str, str] | None
 DEFAULT_METRICS = ("dice", "nsd", "rvd", "hd", "hd95")
 #: Below this many cases (or clusters) a board says that its intervals are rough: a nominal 95 % covers 91-96 % at 13.
 ROUGH_BELOW_CASES = 30
-#: Metrics between 0 and 1, and those that may be negative; all others are 0 or more. An interval ends where its metric does.
-SHARES = (
-    "dice", "nsd", "iou", "sensitivity", "precision", "boundary_iou", "nsd_voxels", "nsd_fractions",
-    "lesion_f1", "lesion_sensitivity", "lesion_precision", "pq", "lesionwise_dice", *MARKS,
-)  # fmt: skip
-SIGNED = ("rvd_signed", "volume_bias_ml")
 #: How many offenders an error message spells out.
 LISTED = 8
 
@@ -105,12 +99,13 @@ class ArmSummary:
 
 
 def case_table(rows: Iterable[Score], metrics: Sequence[str] = DEFAULT_METRICS) -> CaseTable:
-    """Average seeds and folds within each case; undefined runs (nan) are left out, an infinite run makes the case infinite.
+    """Average folds within each seed and then seeds, within each case; undefined runs (nan) are left out, an infinite one stays.
 
     A metric of `DEFAULT_METRICS` that no row has is left out; any other is an error. InputError also for: no rows, duplicate
-    rows, a case without one of its arm's metrics, seeds of one arm with different cases, a 0/1 row that is neither 0 nor 1.
+    rows, a case without one of its arm's metrics, seeds of one arm with different cases, an arm with and without seeds, a 0/1 row
+    that is neither 0 nor 1.
     """
-    marks = tuple(dict.fromkeys(_mark_of(metric, mark) for metric in metrics for mark in MARKS))
+    marks = tuple(dict.fromkeys(mark_of(metric, mark) for metric in metrics for mark in MARKS))
     wanted = frozenset(metrics) | frozenset(marks)
     runs: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     runs_by_seed: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -135,19 +130,21 @@ def case_table(rows: Iterable[Score], metrics: Sequence[str] = DEFAULT_METRICS) 
         raise InputError(f"duplicate score rows (arm,fold,seed,case,metric): {listed(repeated)}. Keep one row of each")
     kept = _kept_metrics(metrics, present)
     arms = tuple(sorted(cases_of))
+    refuse_mixed_seeds(cases_of)
     cases = {arm: _cases_of_arm(arm, cases_of[arm]) for arm in arms}
     values: dict[tuple[str, str], FloatArray] = {}
     marked: dict[tuple[str, str], int] = {}
     for arm in arms:
         for metric in kept:
-            by_case = _complete(arm, metric, cases[arm], runs.get((arm, metric), {}))
-            values[arm, metric] = np.array([_mean_of_runs(run) for run in by_case])
+            _complete(arm, metric, cases[arm], runs.get((arm, metric), {}))
+            by_seed = [runs_by_seed[arm, metric, seed] for seed in cases_of[arm]]
+            values[arm, metric] = np.array([mean_of_seeds(folds[case] for folds in by_seed if case in folds) for case in cases[arm]])
         for mark in marks:
             if (arm, mark) in runs:
                 marked[arm, mark] = _count_marked(arm, mark, _complete(arm, mark, cases[arm], runs[arm, mark]))
     seeds = {arm: tuple(sorted(cases_of[arm])) for arm in arms}
     seed_means = {
-        (arm, metric): tuple(_mean_of_runs([_mean_of_runs(run) for run in runs_by_seed[arm, metric, seed].values()]) for seed in seeds[arm])
+        (arm, metric): tuple(mean_of_seeds(runs_by_seed[arm, metric, seed].values()) for seed in seeds[arm])
         for arm in arms
         for metric in kept
     }
@@ -247,8 +244,7 @@ def within_range(metric: str, ends: tuple[float, float], values: Sequence[float]
 
     Where a value itself lies beyond (a Dice in percent), nothing is known of the range and nothing is cut.
     """
-    low = -math.inf if split_metric(metric)[0] in SIGNED else 0.0
-    high = width_of(metric)
+    low, high = range_of(metric)
     if not all(low <= value <= high for value in values):
         return ends
     # max and min would turn nan, which says that there is no interval, into a bound
@@ -257,7 +253,8 @@ def within_range(metric: str, ends: tuple[float, float], values: Sequence[float]
 
 def width_of(metric: str) -> float:
     """How far apart two values of a metric can be: 1 for shares, else infinite."""
-    return 1.0 if split_metric(metric)[0] in SHARES else math.inf
+    low, high = range_of(metric)
+    return high - low
 
 
 def generator_for(seed: int, *names: str) -> np.random.Generator:
@@ -291,9 +288,9 @@ def _summary(table: CaseTable, arm: str, metric: str, units: tuple[str, ...] | N
         sd=sample_sd(defined),
         n=len(defined),
         n_undefined=len(values) - len(defined),
-        n_empty_prediction=table.marked.get((arm, _mark_of(metric, "empty_prediction"))),
-        n_empty_reference=table.marked.get((arm, _mark_of(metric, "empty_reference"))),
-        n_missing=table.marked.get((arm, _mark_of(metric, "missing"))),
+        n_empty_prediction=table.marked.get((arm, mark_of(metric, "empty_prediction"))),
+        n_empty_reference=table.marked.get((arm, mark_of(metric, "empty_reference"))),
+        n_missing=table.marked.get((arm, mark_of(metric, "missing"))),
         n_infinite=int(np.isinf(defined).sum()),
         seeds=table.seeds[arm],
         median_lower=median_lower,
@@ -313,7 +310,7 @@ def sample_sd(values: Sequence[float] | FloatArray) -> float:
     return math.sqrt(math.fsum((float(value) - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def _mark_of(metric: str, mark: str) -> str:
+def mark_of(metric: str, mark: str) -> str:
     """The name of the 0/1 row that belongs to a metric: `dice/2` goes with `empty_prediction/2`, a whole case is missing."""
     label = metric.partition("/")[2]
     return f"{mark}/{label}" if label and mark != "missing" else mark
@@ -351,8 +348,26 @@ def _complete(arm: str, metric: str, cases: tuple[str, ...], by_case: dict[str, 
     return [by_case[case] for case in cases]
 
 
-def _mean_of_runs(runs: list[float]) -> float:
-    return exact_mean([value for value in runs if not math.isnan(value)])
+def mean_of_seeds(folds_of_seeds: Iterable[Sequence[float]]) -> float:
+    """Folds are averaged first: a seed with five folds counts as much as a seed with one. nan is left out on both levels."""
+    return _mean_of_known([_mean_of_known(folds) for folds in folds_of_seeds])
+
+
+def refuse_mixed_seeds(cases_of: Mapping[str, Mapping[str, set[str]]]) -> None:
+    """InputError for an arm (arm -> seed -> cases) of which a case has rows with a seed and without one: `-` is no further seed."""
+    for arm, by_seed in sorted(cases_of.items()):
+        without = by_seed.get("-", set())
+        both = without & set().union(*(cases for seed, cases in by_seed.items() if seed != "-"))
+        if both:
+            seeds = listed(sorted(seed for seed in by_seed if seed != "-"))
+            raise InputError(
+                f"arm {arm!r} has rows with the seed '-' (no seed, or an ensemble) beside those of the seeds {seeds} for {len(both)} "
+                f"cases: {listed(sorted(both))}. These are two arms: name them apart, or keep one of them"
+            )
+
+
+def _mean_of_known(values: Sequence[float]) -> float:
+    return exact_mean([value for value in values if not math.isnan(value)])
 
 
 def _count_marked(arm: str, mark: str, runs_by_case: list[list[float]]) -> int:

@@ -57,17 +57,19 @@ def board(
     files = [path / "scores.csv" if path.is_dir() else path for path in scores if path not in published]
     rows = read_score_files(files, known_metrics=True)
     if published:
-        given = {"--base": base, "--resamples": resamples, "--where": where, "--cases": cases, "--group": group}
+        given: dict[str, object] = {"--base": base, "--resamples": resamples, "--where": where}
+        given |= {} if files else {"--cases": cases, "--group": group}
         _refuse_given(
             given | {"--missing": None if missing == "refuse" else missing, "--infinite": None if infinite == "exact" else infinite}
         )
-        _published(published, files, rows, table, rank, rule, named, out)
+        groups = _groups(_case_files(files, cases), group, rows)
+        _published(published, files, rows, table, rank, rule, named, out, _shared(groups))
         return
     if table is not None:
         raise InputError("--table is for published boards, and there is none among the arguments")
     if not rows:
         raise InputError(f"{', '.join(map(str, files))}: no score rows after the header. Score a cohort first")
-    described = _case_file(files, cases)
+    described = _case_files(files, cases)
     if where is not None:
         rows = _only(rows, where, described)
     arms = sorted({row.arm for row in rows})
@@ -77,9 +79,7 @@ def board(
     groups = _groups(described, group, rows)
     by_default = chosen == "none" and len(arms) > 1
     ranking = _ranking(rows, rank, by_default, named, rule, missing, infinite, resamples, seed, groups)
-    # intervals are by patient where patients have several cases, as at the end of a study
-    shared = groups if groups is not None and len(set(groups.values())) < len(groups) else None
-    _show(rows, None if chosen == "none" else chosen, ranking, missing != "refuse", named, out, shared)
+    _show(rows, None if chosen == "none" else chosen, ranking, missing != "refuse", named, out, _shared(groups))
 
 
 def _ranking(
@@ -144,7 +144,7 @@ def _show(
 
 def _published(
     boards: Sequence[Path], files: Sequence[Path], rows: Sequence[Score], name: str | None, rank: str | None, ties: Ties | None,
-    metrics: Sequence[str] | None, out: Path | None,
+    metrics: Sequence[str] | None, out: Path | None, clusters: Mapping[str, str] | None,
 ) -> None:  # fmt: skip
     from ichbench.board.published import read_tables, with_measured, with_published_rule
     from ichbench.board.published_render import published_text, write_published
@@ -158,7 +158,7 @@ def _published(
         raise InputError(f"there is no table {name!r} in {boards[0]}; it has {', '.join(names)}")
     first = tables[names.index(name) if name is not None else 0]
     chosen = with_published_rule(first, rank, ties, metrics)
-    summaries = summarise(rows, chosen.metrics) if rows else []
+    summaries = summarise(rows, chosen.metrics, clusters=clusters) if rows else []
     if summaries:
         chosen = with_measured(chosen, summaries, f"measured here: {', '.join(map(str, files))}")
     measured = {(summary.arm, summary.metric): summary for summary in summaries}
@@ -189,52 +189,47 @@ def _refuse_given(given: Mapping[str, object]) -> None:
         )
 
 
-def _case_file(files: Iterable[Path], given: Path | None) -> Path | None:
-    """The cases.csv that was given, or the one beside the first scores that have one."""
+def _case_files(files: Iterable[Path], given: Path | None) -> list[Path]:
+    """The cases.csv that was given, or those beside the scores."""
     if given is not None:
-        return given / "cases.csv" if given.is_dir() else given
-    return next((file.parent / "cases.csv" for file in files if (file.parent / "cases.csv").is_file()), None)
+        return [given / "cases.csv" if given.is_dir() else given]
+    beside = dict.fromkeys(file.parent / "cases.csv" for file in files)
+    return [path for path in beside if path.is_file()]
 
 
-def _column(path: Path, column: str) -> dict[str, str]:
-    from ichbench.scoring.strict_csv import read_lines
-
-    found: dict[str, str] = {}
-    for line in read_lines(path, ("case", column), optional=True):
-        case, value = line.cells
-        if found.setdefault(case, value) != value:
-            raise InputError(
-                f"{path}, line {line.number}: case {case!r} has two values of {column}, {found[case]!r} and {value!r}; keep one"
-            )
-    return found
-
-
-def _groups(described: Path | None, column: str | None, rows: Iterable[Score]) -> dict[str, str] | None:
+def _groups(described: Sequence[Path], column: str | None, rows: Iterable[Score]) -> dict[str, str] | None:
     """case -> group, where cases.csv has groups; a case without one is a group of its own."""
-    from ichbench.scoring.strict_csv import columns_of
+    from ichbench.board.runs import case_column, case_columns
 
-    if column == "none" or described is None:
+    if column == "none" or not described:
         if column not in (None, "none"):
             raise InputError("--group needs a cases.csv; give one with --cases")
         return None
-    if column is None:
-        if "group" not in columns_of(described):
-            return None
-    values = _column(described, column or "group")
-    of_case = {case: values.get(case) or f"case {case}" for case in {row.case for row in rows}}
+    if "group" not in {name for path in described for name in case_columns(path)} and column is None:
+        return None
+    values = case_column(described, column or "group")
+    # a blank before a name that stands for a case cannot be part of a group, which is stripped
+    of_case = {case: values.get(case) or f" {case}" for case in {row.case for row in rows}}
     return of_case if any(values.get(case) for case in of_case) else None
 
 
-def _only(rows: Sequence[Score], where: str, described: Path | None) -> list[Score]:
+def _shared(groups: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """Intervals are by patient where patients have several cases, as at the end of a study."""
+    return groups if groups is not None and len(set(groups.values())) < len(groups) else None
+
+
+def _only(rows: Sequence[Score], where: str, described: Sequence[Path]) -> list[Score]:
+    from ichbench.board.runs import case_column
+
     column, equals, value = where.partition("=")
     if not equals or not column:
         raise InputError(f"--where {where!r} is not understood; give COLUMN=VALUE, such as site=A")
-    if described is None:
+    if not described:
         raise InputError("--where needs a cases.csv beside the scores, or --cases")
-    values = _column(described, column)
+    values = case_column(described, column)
     lacking = sorted({row.case for row in rows} - set(values))
     if lacking:
-        raise InputError(f"{described} lacks {len(lacking)} of the scored cases, such as {lacking[0]!r}; complete it")
+        raise InputError(f"{', '.join(map(str, described))} lacks {len(lacking)} of the scored cases, such as {lacking[0]!r}; complete it")
     kept = [row for row in rows if values[row.case] == value]
     if not kept:
         raise InputError(f"no scored case has {where}; {column} is {', '.join(sorted({repr(values[row.case]) for row in rows}))}")

@@ -36,7 +36,8 @@ def effects(
     found = read_run(run)
     if by not in (None, "none") and not found.cases:
         raise InputError(f"--by {by}: {run} has no cases.csv, which says what stratum a case is in")
-    report = report_of_run(found, base, chosen, cluster, kinds, margins=_margins(margin or []), method=method, resamples=resamples)
+    asked = by not in (None, "none")
+    report = report_of_run(found, base, chosen, cluster, kinds, asked, margins=_margins(margin or []), method=method, resamples=resamples)
     typer.echo(report_text(report), nl=False)
     if out is not None:
         typer.echo("\nwritten:\n" + "\n".join(f"  {path}" for path in write_report(report, out)))

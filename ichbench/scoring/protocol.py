@@ -107,6 +107,17 @@ METRICS: dict[str, Metric] = {
 #: The 0/1 rows that every case has beside its metrics.
 MARKS = ("missing", "empty_prediction", "empty_reference")
 
+#: Metrics between 0 and 1, and those that may be negative; all others are 0 or more.
+SHARES = (
+    "dice", "nsd", "iou", "sensitivity", "precision", "boundary_iou", "nsd_voxels", "nsd_fractions",
+    "lesion_f1", "lesion_sensitivity", "lesion_precision", "pq", "lesionwise_dice", *MARKS,
+)  # fmt: skip
+SIGNED = ("rvd_signed", "volume_bias_ml")
+#: No distance, volume or count is as large, and sums of such numbers would overflow.
+LARGEST = 1e100
+#: A share may lie this much beyond 1: the last digit of someone's sum.
+SHARE_SLACK = 1e-9
+
 _STRATUM = "lower end of the lesions' size in ml: 0, 1, 10 or 30 for <1, 1-10, 10-30 and >30 ml"
 #: Metrics that take a parameter after `@`, and what it means.
 PARAMETERS: dict[str, str] = {
@@ -242,3 +253,21 @@ def split_metric(key: str) -> tuple[str, float | None]:
         return name, float(parameter)
     except ValueError as error:
         raise InputError(f"the parameter of {key!r} must be a number: {PARAMETERS[name]}") from error
+
+
+def range_of(metric: str) -> tuple[float, float]:
+    """The lowest and the highest value that a metric can have. InputError for a metric that is not declared."""
+    name = split_metric(metric)[0]
+    return (-math.inf if name in SIGNED else 0.0), (1.0 if name in SHARES else math.inf)
+
+
+def why_impossible(metric: str, value: float) -> str:
+    """Why a metric cannot have this value, in words; empty where it can. nan (undefined) is always possible."""
+    low, high = range_of(metric)
+    if value < low or value == -math.inf:
+        return f"{metric} cannot be below {low:g}" if math.isfinite(low) else f"{metric} cannot be -inf"
+    if LARGEST < abs(value) < math.inf:
+        return f"{metric} cannot be that large; infinite is written inf"
+    if value > high + SHARE_SLACK:
+        return f"{metric} is a share and cannot be above {high:g}" + (" (in percent? divide by 100)" if value <= 100 else "")
+    return ""

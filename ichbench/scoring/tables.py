@@ -14,7 +14,7 @@ import numpy as np
 
 from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
-from ichbench.scoring.protocol import MARKS, METRICS, Protocol, get_protocol, split_metric
+from ichbench.scoring.protocol import MARKS, METRICS, Protocol, get_protocol, split_metric, why_impossible
 from ichbench.scoring.score import Score
 from ichbench.scoring.strict_csv import Line, check_names, in_short, numbers_of, read_lines
 
@@ -187,7 +187,8 @@ def read_scores(path: Path) -> list[Score]:
 def read_score_files(paths: Sequence[Path], known_metrics: bool = False) -> list[Score]:
     """Rows of several scores.csv, one file after the other; a number may come once in all of them together.
 
-    `known_metrics`: refuse rows of metrics that are not declared in `protocol.METRICS`, with the nearest that is.
+    `known_metrics`: refuse rows of metrics that are not declared in `protocol.METRICS`, with the nearest that is, and values that
+    a metric cannot have (a Dice of 57, a negative distance).
     """
     rows: list[Score] = []
     seen: dict[tuple[str, ...], str] = {}
@@ -200,7 +201,10 @@ def read_score_files(paths: Sequence[Path], known_metrics: bool = False) -> list
         check_names(source, lines, range(5), HEADER, "fold and seed are '-' where there is none")
         if known_metrics:
             _check_metrics(source, lines)
-        for line, value in zip(lines, numbers_of(source, lines, 5, "value"), strict=True):
+        values = numbers_of(source, lines, 5, "value")
+        if known_metrics:
+            _check_ranges(source, lines, values)
+        for line, value in zip(lines, values, strict=True):
             arm, fold, seed, case, metric = line.cells[:5]
             row = Score(arm, fold, seed, case, metric, value)
             where = f"{source}, line {line.number}"
@@ -230,6 +234,16 @@ def _check_metrics(source: Path, lines: Sequence[Line]) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             texts.append(f"line {numbers[0]}: there is no metric {metric!r} (column 5, {len(numbers)} such rows){hint}")
         raise InputError(f"{source}, {in_short(texts)}. Metrics are {', '.join(METRICS)}")
+
+
+def _check_ranges(source: Path, lines: Sequence[Line], values: Sequence[float]) -> None:
+    wrong = [
+        f"line {line.number}: the value is {line.cells[5]!r} (column 6): {why}"
+        for line, value in zip(lines, values, strict=True)
+        if (why := why_impossible(line.cells[4], value))
+    ]
+    if wrong:
+        raise InputError(f"{source}, {in_short(wrong)}. Correct the rows: one impossible value can turn a mean, a rank or a verdict")
 
 
 def _check_names(target: Path, rows: Iterable[Score]) -> None:
