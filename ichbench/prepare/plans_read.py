@@ -21,7 +21,8 @@ from ichbench.prepare.plans_json import DEPTH_KEY, LABEL_MANAGER, NETWORKS, NORM
 from ichbench.prepare.topology import Ints, Network, feature_map_elements
 
 MOST_STAGES = 32
-#: no plan is finer or coarser than this (nnU-Net makes plans of 1.4 m slices from odd enough cohorts), and no machine holds a larger patch (2**28 voxels: 1 GiB a channel)
+#: no plan is finer or coarser than this (nnU-Net makes plans of 1.4 m slices from odd enough cohorts), and no machine holds a larger
+#: patch (2**28 voxels: 1 GiB a channel)
 LEAST_MM, MOST_MM, MOST_PATCH_VOXELS, MOST_BATCH = 0.01, 1e5, 2**28, 10**6
 #: what nnU-Net's resampling takes for an entry that its settings lack (nnunetv2 2.8.1, resample_data_or_seg_to_shape)
 RESAMPLER_DEFAULTS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": False, "separate_z_anisotropy_threshold": 3}
