@@ -104,7 +104,7 @@ def test_markdown_has_one_row_per_arm_and_no_mean_without_interval_and_n() -> No
     assert [row[1].strip() for row in cells[2:]] == ["13"] * 4
     floor = next(row for row in cells if row[0].strip() == "floor")
     assert floor[2].strip() == "1"
-    assert re.fullmatch(r"inf \(1\) \[\d+\.\d, inf\] median \d+\.\d", floor[6].strip())
+    assert re.fullmatch(r"inf \(1\) \[\d+\.\d, inf\] median \d+\.\d \[\d+\.\d, \d+\.\d\]", floor[6].strip())
 
 
 def test_a_difference_that_rounds_to_nothing_has_no_sign() -> None:

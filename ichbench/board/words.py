@@ -36,12 +36,12 @@ def format_of(metric: str, signed: bool = False) -> Callable[[float], str]:
 
 
 def score_lines(summary: ArmSummary) -> list[str]:
-    """mean (with its own n where that is not the arm's), [lower, upper], and the median where the mean is infinite."""
+    """mean (with its own n where that is not the arm's), [lower, upper]; where the mean is infinite the median and its interval."""
     show = format_of(summary.metric)
     lines = [show(summary.mean), f"[{show(summary.lower)}, {show(summary.upper)}]"]
     if summary.n_infinite:
         lines[0] += f" ({summary.n_infinite})"
-        lines.append(f"median {show(summary.median)}")
+        lines += [f"median {show(summary.median)}", f"[{show(summary.median_lower)}, {show(summary.median_upper)}]"]
     if summary.n_undefined:
         lines[0] += f" n={summary.n}"
     return lines
