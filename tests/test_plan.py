@@ -246,7 +246,7 @@ def test_stage_lowres() -> None:
     made = plan("ct_liver", stage="lowres")
     assert (made.configuration, made.next_stage, made.batch_dice) == ("3d_lowres", ("3d_cascade_fullres",), False)
     assert made.spacing == plan("ct_liver").lowres_spacing
-    with pytest.raises(InputError, match="there is no low-resolution stage for this cohort: the full-resolution patch shows"):
+    with pytest.raises(InputError, match="there is no low-resolution stage for this cohort: nnU-Net's own full-resolution patch shows"):
         plan("hippocampus", stage="lowres")
     with pytest.raises(InputError, match="stage = 'lowres' is a 3D configuration"):
         make_recipe({"plan": {"stage": "lowres", "dims": 2}})

@@ -30,7 +30,8 @@ def train_hippocampus(shared_data: Path, folders: Path, seed: int) -> Path:
 
         def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> Any:
             rotation, dummy, _, _ = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-            # nothing is turned, so nothing needs room around the patch
+            # nothing is turned, so nothing needs room around the patch; what is not mirrored here must not be at prediction
+            self.inference_allowed_mirroring_axes = None
             return rotation, dummy, self.configuration_manager.patch_size, None
 
         @staticmethod

@@ -267,8 +267,7 @@ def test_a_model_that_nnunet_trained(shared_data: Path, nnunet_folders: Path, fr
         assert truth is not None
         found.append(dice(ours, truth))
     assert len(found) == 8
-    # a minute of training gives 0.3 to 0.55; a longer one (Dice 0.81) was compared with ICHBENCH_NNUNET_MODEL
-    assert np.mean(found) > (0.5 if given else 0.2), "a model that finds nothing proves nothing"
+    assert np.mean(found) > 0.5, "a model that finds nothing proves nothing"
 
 
 def test_real_head_ct(shared_data: Path, fresh_seed: int) -> None:
