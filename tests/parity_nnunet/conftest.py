@@ -25,7 +25,8 @@ if HAVE_NNUNET:
     for name in ("raw", "preprocessed", "results"):
         (FOLDERS / name).mkdir()
         os.environ[f"nnUNet_{name}"] = str(FOLDERS / name)
-    # else it asks the shell for the host's name before every guess of memory
+    # planning computes with as many threads as there are workers, so at least one; unset, it asks the shell for the host's name.
+    # What trains in this process wants none, and says so only while it trains (`nn_training.training_here`)
     os.environ["nnUNet_n_proc_DA"] = "1"
 
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 NUMBER, STEPS, EPOCHS = 904, 60, 5
+
+
+@contextmanager
+def training_here() -> Iterator[None]:
+    """While it lasts nnU-Net trains in this process, without workers and without compiling."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_n_proc_DA", "0")
+        patch.setenv("nnUNet_compile", "f")
+        yield
 
 
 def train_hippocampus(shared_data: Path, folders: Path, seed: int) -> Path:
@@ -57,14 +69,9 @@ def train_hippocampus(shared_data: Path, folders: Path, seed: int) -> Path:
     chosen["batch_size"] = 2
     (where / "nnUNetPlans.json").write_text(json.dumps(plans))
     preprocess([NUMBER], configurations=("3d_fullres",), num_processes=(1,))
-    before = os.environ.get("nnUNet_n_proc_DA")
-    os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
-    try:
-        trainer = Quick(
-            plans | {"continue_training": False}, "3d_fullres", 0, json.loads((where / "dataset.json").read_text()), torch.device("cpu")
-        )
+    dataset = json.loads((where / "dataset.json").read_text())
+    with training_here():
+        trainer = Quick(plans | {"continue_training": False}, "3d_fullres", 0, dataset, torch.device("cpu"))
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = EPOCHS, STEPS, 1
         trainer.run_training()
-    finally:
-        os.environ["nnUNet_n_proc_DA"] = before or "1"
     return folders / "results" / data / "nnUNetTrainer__nnUNetPlans__3d_fullres"

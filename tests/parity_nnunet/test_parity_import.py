@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from model_folders import REGIONS, small_plan, write_model
+from nn_training import training_here
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.files import write_atomically
@@ -62,9 +62,7 @@ def trained(raw: Path, nnunet_folders: Path) -> dict[str, Path]:
 
     preprocessed = nnunet_folders / "preprocessed" / NAME
     dataset = json.loads((raw / "dataset.json").read_text())
-    # in this process: nnU-Net's commands would spend half a minute starting others. Planning asks for as many threads as there
-    # are workers, so it needs one; training shall have none
-    os.environ.update(nnUNet_n_proc_DA="1", nnUNet_compile="f")
+    # in this process: nnU-Net's commands would spend half a minute starting others
     cases = {f"c{case}": [raw / f"imagesTr/c{case}_{channel:04d}.nii.gz" for channel in range(2)] for case in range(5)}
     found = fingerprint(case_of(files, raw / f"labelsTr/{name}.nii.gz") for name, files in cases.items())
     write_atomically(preprocessed / "dataset_fingerprint.json", json.dumps(found.to_json()).encode())
@@ -84,7 +82,6 @@ def trained(raw: Path, nnunet_folders: Path) -> dict[str, Path]:
         for name, files in cases.items():
             target, label = str(preprocessed / settings.data_identifier / name), str(raw / f"labelsTr/{name}.nii.gz")
             DefaultPreprocessor(verbose=False).run_case_save(target, [str(path) for path in files], label, manager, settings, dataset)
-    os.environ["nnUNet_n_proc_DA"] = "0"
     made = {}
     for name, configuration, folds in (
         ("nnUNetPlans", "3d_fullres", (0, 1)),
@@ -93,9 +90,10 @@ def trained(raw: Path, nnunet_folders: Path) -> dict[str, Path]:
     ):
         for fold in folds:
             plans = json.loads((preprocessed / f"{name}.json").read_text()) | {"continue_training": False}
-            trainer = nnUNetTrainer(plans, configuration, fold, dataset, torch.device("cpu"))
-            trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 2, 1
-            trainer.run_training()
+            with training_here():
+                trainer = nnUNetTrainer(plans, configuration, fold, dataset, torch.device("cpu"))
+                trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 1, 2, 1
+                trainer.run_training()
         made[f"{name} {configuration}"] = Path(trainer.output_folder_base)
     return made
 
