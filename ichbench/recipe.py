@@ -189,7 +189,8 @@ class EarlyStopping(Strict):
 class TrainingRecipe(Strict):
     """Optimisation, sampling and augmentation."""
 
-    #: how many training cases are used; a number takes at most so many, the first of a seeded shuffle
+    #: how many training cases are used; a number takes at most so many, the first of a seeded shuffle (fingerprint and plan
+    #: are those of all of them: what changes is the training alone)
     cases: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     epochs: Annotated[int, Field(ge=1)] = 1000
     iterations_per_epoch: Annotated[int, Field(ge=1)] = 250
@@ -245,8 +246,9 @@ class InferenceRecipe(Strict):
     checkpoint: Literal["final", "best"] = "final"
     tile_step: Annotated[float, Field(gt=0, le=1)] = 0.5
     gaussian: bool = True
-    #: mean over mirrorings: of all spatial axes, of none, or of those named (0 is the plan's first axis)
-    mirror: bool | tuple[Annotated[int, Field(ge=0, le=2)], ...] = True
+    #: mean over mirrorings: of all spatial axes, of none, or of those named (0 is the plan's first axis); auto: of those that
+    #: training.augment.mirror showed the network, as in nnU-Net
+    mirror: Literal["auto"] | bool | tuple[Annotated[int, Field(ge=0, le=2)], ...] = "auto"
     #: what the network computes in; sums over tiles and mirrorings stay float32. fp16 is for GPUs, bf16 pays where the CPU has it
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     #: winograd: on a CPU in fp32 the same U-Net with fewer multiplications (network/fast.py), of which rounding differs; else direct
@@ -294,8 +296,14 @@ class Recipe(Strict):
     def _mirror_axes(self) -> Recipe:
         dims = self.plan.dims
         for name, axes in (("inference.mirror", self.inference.mirror), ("training.augment.mirror", self.training.augment.mirror)):
-            if not isinstance(axes, bool) and any(axis >= dims for axis in axes):
+            if not isinstance(axes, bool | str) and any(axis >= dims for axis in axes):
                 raise ValueError(f"{name} names the axes {list(axes)}, but plan.dims = {dims} has the axes {list(range(dims))}")
+        return self
+
+    @model_validator(mode="after")
+    def _best(self) -> Recipe:
+        if self.inference.checkpoint == "best" and self.training.validation_iterations == 0:
+            raise ValueError("inference.checkpoint = 'best' with training.validation_iterations = 0: nothing says which weights are best")
         return self
 
     @field_validator("plan", mode="after")
@@ -310,6 +318,12 @@ class Recipe(Strict):
         if plan.spacing_mm != "auto" and plan.target_spacing_zyx_mm != "auto":
             raise ValueError("spacing_mm and target_spacing_zyx_mm both fix the spacing; set one of them")
         return plan
+
+    def prediction(self) -> InferenceRecipe:
+        """`inference` with what it leaves to the rest of the recipe decided: the mirrorings."""
+        if self.inference.mirror != "auto":
+            return self.inference
+        return self.inference.model_copy(update={"mirror": self.training.augment.mirror})
 
     def stage_keys(self) -> dict[str, str]:
         """A digest per stage: equal digests mean that the stage's part of two recipes is equal."""

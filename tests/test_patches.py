@@ -224,3 +224,15 @@ def test_nnunets_enlarged_boxes_lie_where_it_puts_them() -> None:
     forced = case((30, 9, 9), ((1, 28, 4, 4),))
     draw = draw_patch(sample_generator(0, 0, 0, 0), [forced], (12, 9, 9), True, clamped=False, box_zyx=(20, 9, 9))
     assert draw.lower_zyx[0] == 18
+
+
+@pytest.mark.parametrize("patch", [(4, 8, 8), (5, 7, 8), (4, 4, 4)])
+def test_anywhere_means_anywhere_in_the_patch_also_in_nnunets_larger_box(patch: tuple[int, int, int]) -> None:
+    """The patch is the middle of the box; far from all borders it always shows the forced voxel, and at every place of it."""
+    one, box = case((60, 60, 60), ((1, 30, 30, 30),)), (12, 17, 20)
+    places = [set() for _ in range(3)]  # type: ignore[var-annotated]
+    for step in range(400):
+        draw = draw_patch(sample_generator(5, 0, step, 0), [one], patch, True, centred=False, clamped=False, box_zyx=box)
+        for axis in range(3):
+            places[axis].add(30 - (draw.lower_zyx[axis] + box[axis] // 2 - patch[axis] // 2))
+    assert places == [set(range(length)) for length in patch]

@@ -12,7 +12,7 @@ from ichbench.arms import load_arm, load_preset, shipped
 from ichbench.errors import InputError
 from ichbench.inference.predictors import PREDICTORS
 from ichbench.prepare.downsample import POOLING
-from ichbench.recipe import Downsample, InferenceRecipe, PrepareRecipe, Recipe, TrainingRecipe, diff, make_recipe
+from ichbench.recipe import AugmentRecipe, Downsample, InferenceRecipe, PrepareRecipe, Recipe, TrainingRecipe, diff, make_recipe
 
 ARMS = sorted(shipped())
 
@@ -200,3 +200,19 @@ def test_mirroring_is_a_switch_or_axes() -> None:
     for wrong in ([3], [-1], "all", 1):
         with pytest.raises(InputError, match="mirror"):
             make_recipe({"inference": {"mirror": wrong}})
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "used"),
+    [(True, "auto", True), (False, "auto", False), ((0, 2), "auto", (0, 2)), (False, True, True), (True, (1,), (1,)), (True, False, False)],
+)
+def test_a_network_is_mirrored_as_it_was_trained(trained: Any, asked: Any, used: Any) -> None:
+    training = TrainingRecipe(augment=AugmentRecipe(mirror=trained))
+    recipe = Recipe(training=training, inference=InferenceRecipe(mirror=asked, tile_step=0.25))
+    assert recipe.prediction().mirror == used
+    assert recipe.prediction().tile_step == 0.25
+
+
+def test_best_weights_need_validation() -> None:
+    with pytest.raises(ValueError, match="nothing says which weights are best"):
+        Recipe(training=TrainingRecipe(validation_iterations=0), inference=InferenceRecipe(checkpoint="best"))

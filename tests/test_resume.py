@@ -460,6 +460,14 @@ def test_another_torch_is_said_and_allowed(whole: TrainResult, tmp_path: Path, m
         learn(tmp_path / "threads", compute=Compute(threads=2))
 
 
+def test_another_number_of_processes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_off(tmp_path / "out")
+    before = trainer.environment_of
+    monkeypatch.setattr(trainer, "environment_of", lambda compute, processes: before(compute, 2))
+    with pytest.warns(TrainingWarning, match="processes was 1, is 2"):
+        learn(tmp_path / "out")
+
+
 def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_off(tmp_path)
     monkeypatch.setattr(disk, "FORMAT", 2)
@@ -518,7 +526,10 @@ def test_a_training_that_stopped_early_can_be_extended(tmp_path: Path) -> None:
     changes = {"learning_rate": 1e-12, "iterations_per_epoch": 1, "early_stopping": EarlyStopping(patience_epochs=3)}
     first = learn(tmp_path, epochs=12, **changes)
     assert first.stopped_early
-    assert learn(tmp_path, epochs=13, extend=True, **changes).epochs == first.epochs + 1
+    # patience counts anew, and the end may come first
+    longer = learn(tmp_path, epochs=13, extend=True, **changes)
+    assert longer.epochs == min(13, first.epochs + 3)
+    assert longer.epochs > first.epochs + 1
 
 
 @pytest.mark.parametrize(("every_s", "cost_s", "expected"), [(10, 0.0, 10), (10, 0.5, 2), (0, 0.0, 100), (1e9, 0.0, 0)])

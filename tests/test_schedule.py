@@ -42,3 +42,6 @@ def test_best_rises_strictly_and_patience_counts_from_it() -> None:
     assert not should_stop(best, 3, 3)
     assert should_stop(best, 4, 3)
     assert [should_stop(Best(), epoch, 2) for epoch in range(3)] == [False, True, True]
+    # extended with epoch 9 as its next: three epochs of patience from there on
+    assert [should_stop(best, epoch, 3, 9) for epoch in (9, 10, 11, 12)] == [False, False, True, True]
+    assert not should_stop(Best(0.5, 10), 12, 3, 9)

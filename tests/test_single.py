@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ichbench.ablation import single
 from ichbench.ablation.single import Fold, Wanted, plan_fold, train_fold
 from ichbench.cli import app
-from ichbench.errors import InputError
+from ichbench.errors import CaseError, InputError
 from ichbench.inference.model import load_model, predict_path
 from ichbench.scoring.tables import read_scores
 from ichbench.training.checkpoint import places
@@ -176,8 +176,39 @@ def test_overwriting_and_extending(done: tuple[Wanted, Fold], tmp_path: Path) ->
     assert longer.training["epochs"] == 3
     assert json.loads((wanted.out / "model.json").read_text())["recipe"]["training"]["epochs"] == 3
     assert longer.rows != other.rows
-    with pytest.raises(InputError, match=r"training\.epochs was 3, is 2"):
+    with pytest.raises(InputError, match=r"--extend-to 3 leaves it as it is\s+training\.epochs was 3, is 2"):
         go(replace(wanted, seed=1))
+    kept = facts(wanted.out)
+    with pytest.raises(InputError, match="--overwrite removes the training that --extend-to would give more epochs"):
+        go(replace(wanted, seed=1, extend_to=5, overwrite=True))
+    assert go(replace(wanted, seed=1, extend_to=3)).rows == longer.rows
+    assert facts(wanted.out) == kept
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CaseError("a broken case"), KeyboardInterrupt()])
+def test_overwriting_that_ends_before_it_trains_loses_nothing(
+    error: BaseException, done: tuple[Wanted, Fold], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = copy(done, tmp_path / "out")
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setitem(single.STAGES, "prepare", fail)
+        with pytest.raises(type(error)):
+            go(replace(wanted, seed=1, overwrite=True))
+    assert facts(wanted.out) == facts(done[0].out)
+    assert go(wanted).rows == done[1].rows
+
+
+def test_a_folder_in_which_nothing_was_trained_is_free(done: tuple[Wanted, Fold], tmp_path: Path) -> None:
+    wanted = replace(done[0], out=tmp_path / "out")
+    other = tmp_path / "wide.toml"
+    other.write_text('why = "x"\n[network]\nconvs_per_stage = 3\n')
+    with pytest.raises(InputError, match="nothing was loaded"):
+        go(replace(wanted, arm=str(other), pretrained=done[0].out / "final.safetensors"))
+    assert go(wanted).rows == done[1].rows
 
 
 def test_full_without_test_cases_and_bad_folds(small_phantom: Path, preset: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_mirroring_is_the_mean_over_all_flips(dims: int) -> None:
 
     x = image(1, 1 if dims == 2 else 4, 6, 8)
     plan = Plan(dims, (6, 8) if dims == 2 else (4, 6, 8))
-    np.testing.assert_allclose(predict_logits(place, x, plan, InferenceRecipe()), np.full(x.shape, 3.5))
+    np.testing.assert_allclose(predict_logits(place, x, plan, InferenceRecipe(mirror=True)), np.full(x.shape, 3.5))
     assert len(calls) == 4  # in 3D two flips of a lone small tile go in together
     np.testing.assert_allclose(predict_logits(place, x, plan, PLAIN)[0, 0, 0], np.arange(8))
 
@@ -260,4 +260,9 @@ def test_precision() -> None:
     assert brief.dtype == np.float32
     assert 0 < np.abs(brief - single).max() < 0.05
     with pytest.raises(InputError, match="fp16' is for GPUs"):
-        predict_logits(network, x, plan, InferenceRecipe(precision="fp16"))
+        predict_logits(network, x, plan, InferenceRecipe(mirror=True, precision="fp16"))
+
+
+def test_mirroring_as_in_training_needs_the_training() -> None:
+    with pytest.raises(InputError, match="hangs on the training"):
+        predict_logits(identity, image(1, 4, 6, 8), Plan(3, (4, 6, 8)), InferenceRecipe())

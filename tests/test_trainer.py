@@ -21,7 +21,9 @@ from ichbench.network.losses import LOSSES
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights
 from ichbench.recipe import AugmentRecipe, EarlyStopping, InferenceRecipe, NetworkRecipe, TrainingRecipe
+from ichbench.training.folder import idle_settings
 from ichbench.training.logs import MEASURED
+from ichbench.training.parallel import Team
 from ichbench.training.patches import TrainingCase, TrainingWarning
 from ichbench.training.supervision import count_hits, dice_of
 from ichbench.training.trainer import OPTIMIZERS, TrainResult, train
@@ -183,6 +185,41 @@ def test_bad_settings(tmp_path: Path) -> None:
         quick(tmp_path / "few", cases=4)
     with pytest.warns(TrainingWarning, match="cannot act"):
         quick(tmp_path / "patient", early_stopping=EarlyStopping(patience_epochs=500))
+    with pytest.raises(InputError, match="overwrite removes the training that extend"):
+        train(blob_cases(1), [], SOLID, NetworkRecipe(), QUICK, 0, tmp_path / "both", overwrite=True, extend=True)
+    with pytest.raises(InputError, match="the hardest tenth of a whole batch"):
+        train(blob_cases(1), [], SOLID, NetworkRecipe(), QUICK.model_copy(update={"loss": "topk"}), 0, tmp_path, team=Team(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({"loss": "dice", "class_weights": (1.0, 2.0), "ce_weight": 2.0}, ["class_weights", "ce_weight"]),
+        ({"loss": "ce", "dice_weight": 2.0, "batch_dice": True}, ["dice_weight", "batch_dice"]),
+        ({"loss": "topk", "ce_weight": 3.0, "class_weights": (1.0, 2.0)}, ["ce_weight"]),
+        ({"optimizer": "adamw", "momentum": 0.5}, ["momentum"]),
+        ({"loss": "dice_topk", "ce_weight": 3.0, "dice_weight": 2.0, "class_weights": (1.0, 2.0), "batch_dice": True}, []),
+        ({"optimizer": "sgd", "momentum": 0.5}, []),
+    ],
+)
+def test_a_setting_that_cannot_act_is_said(changes: dict[str, Any], idle: list[str], tmp_path: Path) -> None:
+    """What is said to do nothing does nothing: the weights are the same without it."""
+    recipe = QUICK.model_copy(update={"early_stopping": "off"} | changes)
+    said = idle_settings(recipe)
+    assert [sentence.split(" ")[0] for sentence in said] == [f"training.{name}" for name in idle]
+    if idle:
+        without = {name: value for name, value in changes.items() if name not in idle}
+        with pytest.warns(TrainingWarning, match="does nothing beside"):
+            one = quick(tmp_path / "with", **changes)
+        assert one.final_sha256 == quick(tmp_path / "without", **without).final_sha256
+
+
+@pytest.mark.parametrize("validation", [0, 1])
+def test_a_training_that_diverges_in_its_last_step_is_not_finished(validation: int, tmp_path: Path) -> None:
+    changes = {"optimizer": "sgd", "learning_rate": 1e50, "epochs": 1, "iterations_per_epoch": 1, "gradient_clip": 1e9}
+    with pytest.raises(CaseError, match="training diverged"):
+        quick(tmp_path, validation_iterations=validation, **changes)
+    assert not (tmp_path / "final.safetensors").exists()
 
 
 def shells(cases: list[TrainingCase], ignore: int | None = None) -> list[TrainingCase]:
@@ -308,7 +345,13 @@ def test_every_loss_runs(name: str, tmp_path: Path) -> None:
     assert math.isfinite(lines_after(tmp_path, loss=name)[-1]["train_loss"])
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.0}, {"precision": "bf16"}, {"cases": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.0}, {"precision": "bf16"}, {"cases": 1}, {"gradient_clip": 0.01},
+        {"weight_decay": 0.5}, {"poly_exponent": 3.0}, {"foreground_position": "anywhere"}, {"foreground_share": 1.0},
+    ],
+)  # fmt: skip
 def test_every_other_setting_changes_the_weights(changes: dict[str, Any], tmp_path: Path) -> None:
     assert quick(tmp_path / "a", **changes).final_sha256 != quick(tmp_path / "b").final_sha256
 

@@ -149,7 +149,7 @@ class _Maker:
         train = None
         spec: dict[str, Any] = {
             # masks before any post-processing, so that an arm with and one without it share them
-            "inference": recipe.inference.model_copy(update={"postprocess": "off"}).model_dump(mode="json"),
+            "inference": recipe.prediction().model_copy(update={"postprocess": "off"}).model_dump(mode="json"),
             "prepare": recipe.prepare.model_dump(mode="json"),
             "cases": self._digests(part.evaluate),
             "labels": self.cohort.rules.to_json(),

@@ -93,6 +93,8 @@ def plan_fold(wanted: Wanted) -> Job:
         raise InputError(f"--recipe {wanted.arm}: its predictor is {arm.recipe.inference.predictor!r}, which needs no training")
     if arm.recipe.plan.stage == "cascade":
         raise InputError(f"--recipe {wanted.arm} is the second stage of a cascade, which learns from five first ones: use run-ablation")
+    if wanted.overwrite and wanted.extend_to is not None:
+        raise InputError("--overwrite removes the training that --extend-to would give more epochs; leave one of them out")
     recipe = arm.recipe.model_copy(update={"inference": arm.recipe.inference.model_copy(update={"postprocess": "off"})})
     if wanted.extend_to is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": wanted.extend_to})})
@@ -239,7 +241,9 @@ def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
         return
     except (OSError, ValueError) as error:
         raise InputError(f"{out / FOLD} is damaged ({error}); nothing was changed: give a new folder, or --overwrite") from None
-    refuse_other(f"--out {out}", found, identity)
+    if any((out / name).exists() for name in ("training.json", "final.safetensors")):
+        # else an attempt ended before it trained anything, and the folder is free
+        refuse_other(f"--out {out}", found, identity)
 
 
 #: what an earlier training left beside weights and checkpoints, which are the trainer's to remove, once it can begin
@@ -258,7 +262,7 @@ def _set_aside(out: Path) -> Iterator[None]:
             (out / name).rename(aside / name)
     try:
         yield
-    except InputError:
+    except BaseException:
         # the trainer rewrites its mark once it begins; until then the old weights are there, and so must be what belongs to them
         if (mark.read_bytes() if mark.is_file() else None) == before:
             for name in LEFT:

@@ -32,7 +32,8 @@ def five_folds(
     what = "cases" if len(names) == len(ids) else f"groups ({len(ids)} cases)"
     if n_folds < 2 or len(names) < n_folds:
         need = f"at least 2 folds, and {max(n_folds, 2)} for that many folds, are needed"
-        raise InputError(f"{n_folds} folds of {len(names)} {what}: {need}; add cases or use fewer folds")
+        todo = "add cases, write a splits_final.json of your own, or train on all of them (fold full)"
+        raise InputError(f"{n_folds} folds of {len(names)} {what}: {need}; {todo}")
     # The legacy generator, because its stream is what nnU-Net's published folds were drawn from.
     order = np.arange(len(names))
     np.random.RandomState(seed).shuffle(order)

@@ -118,7 +118,7 @@ def load_model(folder: Path, device: str = "cpu") -> Model:
     previous = None if found.plan.previous_stage is None else _first_stage(load_model(folder / "previous", device))
     recipe = found.recipe
     tools = Tools(
-        recipe.inference,
+        recipe.prediction(),
         recipe.prepare,
         found.plan,
         tuple(networks),

@@ -231,7 +231,7 @@ def _fingerprint(model: ModelFolder) -> Fingerprint:
 
 def _write_fold(folder: Path, fold: str, model: ModelFolder, inner: str, tables: _Tables) -> None:
     folder.mkdir()
-    mirror, dims = model.recipe.inference.mirror, model.plan.dims
+    mirror, dims = model.recipe.prediction().mirror, model.plan.dims
     axes = tuple(range(dims)) if mirror is True else tuple(mirror or ())
     written = False
     for checkpoint in CHECKPOINTS:

@@ -116,11 +116,13 @@ def predict_logits(
         return np.ascontiguousarray(logits.cpu().numpy())
 
 
-def mirrorings(mirror: bool | tuple[int, ...], dims: int) -> list[tuple[int, ...]]:
+def mirrorings(mirror: str | bool | tuple[int, ...], dims: int) -> list[tuple[int, ...]]:
     """Every set of axes to flip, in the order in which nnU-Net sums them: none, single axes, pairs, all.
 
     Axes count from the end of the array (-dims to -1), so that batch and channel axes do not matter.
     """
+    if isinstance(mirror, str):
+        raise InputError(f"inference.mirror = {mirror!r} hangs on the training; take `Recipe.prediction()`, or name the axes")
     axes = tuple(range(dims)) if mirror is True else tuple(sorted(set(mirror or ())))
     if axes and axes[-1] >= dims:
         raise InputError(f"inference.mirror names the axes {list(axes)}, but a {dims}D network has the axes {list(range(dims))}")

@@ -90,10 +90,29 @@ def check_settings(cases: Sequence[TrainingCase], training: TrainingRecipe, seed
         raise InputError(f"the seed is {seed}; use a whole number from 0 on")
     if training.early_stopping != "off" and not validates:
         raise InputError("training.early_stopping needs validation cases and validation_iterations above 0; give both or set it to 'off'")
+    for said in idle_settings(training):
+        warnings.warn(said, TrainingWarning, stacklevel=3)
+
+
+def idle_settings(training: TrainingRecipe) -> list[str]:
+    """A sentence for every setting that says something and cannot act beside the others."""
+    said, default = [], TrainingRecipe()
     if training.early_stopping != "off" and training.early_stopping.patience_epochs >= training.epochs:
         patience = training.early_stopping.patience_epochs
-        said = f"early stopping with a patience of {patience} epochs cannot act in a training of {training.epochs}"
-        warnings.warn(said, TrainingWarning, stacklevel=3)
+        said.append(f"early stopping with a patience of {patience} epochs cannot act in a training of {training.epochs}")
+    alone = training.loss not in ("dice_ce", "dice_topk")
+    beside = {
+        "class_weights": ("loss", training.loss == "dice"),
+        "dice_weight": ("loss", alone),
+        "ce_weight": ("loss", alone),
+        "batch_dice": ("loss", "dice" not in training.loss),
+        "momentum": ("optimizer", training.optimizer != "sgd"),
+    }
+    for name, (other, idle) in beside.items():
+        value, cause = getattr(training, name), getattr(training, other)
+        if idle and value != getattr(default, name):
+            said.append(f"training.{name} = {value!r} does nothing beside training.{other} = {cause!r}")
+    return said
 
 
 def identity_of(
@@ -116,14 +135,14 @@ def identity_of(
     return json.loads(json.dumps(table | {"pretrained": pretrained}))  # type: ignore[no-any-return]
 
 
-def environment_of(compute: Compute) -> dict[str, Any]:
+def environment_of(compute: Compute, processes: int = 1) -> dict[str, Any]:
     """What may move the last bits of a result, and is said when it changes."""
     try:
         own = version("ichbench")
     except PackageNotFoundError:  # pragma: no cover - run from a source tree
         own = ""
     name = torch.cuda.get_device_name(compute.device) if compute.kind == "cuda" else torch.backends.cpu.get_cpu_capability()
-    table = {"ichbench": own, "torch": torch.__version__, "numpy": np.__version__}
+    table = {"ichbench": own, "torch": torch.__version__, "numpy": np.__version__, "processes": processes}
     return table | compute.environment() | {"processor": f"{platform.machine()}, {name}"}
 
 
@@ -247,11 +266,12 @@ def _look(out: Path, checkpoints: Path, identity: dict[str, Any], extend: bool) 
         return Opened(identity, (*earlier, found[EPOCHS]))
     hint = ""
     if set(changed) == {EPOCHS}:
-        hint = (
-            "a finished training gets more epochs with --extend-to"
-            if result is not None
-            else "it is not finished; run it to its end before it is extended"
-        )
+        if result is None:
+            hint = "it is not finished; run it to its end before it is extended"
+        elif identity[EPOCHS] > found[EPOCHS]:
+            hint = "a finished training gets more epochs with --extend-to"
+        else:
+            hint = f"it is finished, with more epochs than were asked for; --extend-to {found[EPOCHS]} leaves it as it is"
     refuse_other(str(out), found, identity, hint)
     return Opened(identity, earlier, result)
 

@@ -112,7 +112,8 @@ def draw_patch(
         if voxel is None:
             lower.append(int(rng.integers(low, high + 1)))
         else:
-            before = size[axis] // 2 if centred else int(rng.integers(size[axis]))
+            # of a larger box the patch is the middle
+            before = size[axis] // 2 if centred else size[axis] // 2 - patch[axis] // 2 + int(rng.integers(patch[axis]))
             corner = max(low, int(voxel[axis]) - before)
             lower.append(min(corner, high) if clamped else corner)
     return PatchDraw(index, (lower[0], lower[1], lower[2]), size, label, enlarged=box_zyx is not None)

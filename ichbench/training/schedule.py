@@ -31,9 +31,10 @@ class Best:
         return Best(value, epoch) if value is not None and value > self.value else self
 
 
-def should_stop(best: Best, epoch: int, patience_epochs: int) -> bool:
-    """Have `patience_epochs` epochs passed since the best one (or since the start, if there is none)?"""
-    return epoch - best.epoch >= patience_epochs
+def should_stop(best: Best, epoch: int, patience_epochs: int, extended_at: int = 0) -> bool:
+    """Have `patience_epochs` epochs passed since the best one (since the start, if there is none; since a finished training
+    was extended, if that came later, with this as its next epoch)?"""
+    return epoch - max(best.epoch, extended_at - 1) >= patience_epochs
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Position:
     log           the log's lines, so that a log file that was torn or lost can be written again
     seconds       in all attempts; `epoch_seconds` and `wait_seconds` (for batches) of the epoch at work
     stopped       by early stopping
+    extended_at   the next epoch when a finished training was last given more
     """
 
     epoch: int = 0
@@ -58,6 +60,7 @@ class Position:
     epoch_seconds: float = 0.0
     wait_seconds: float = 0.0
     stopped: bool = False
+    extended_at: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Every field; a best value that does not exist yet is null."""

@@ -111,10 +111,17 @@ def train(
     when the loss is not finite.
     """
     check_settings(cases, training, seed, validates=bool(validation_cases) and training.validation_iterations > 0)
+    if overwrite and extend:
+        raise InputError("overwrite removes the training that extend would give more epochs; leave one of them out")
     rules = plain_rules(plan.n_classes) if rules is None else rules
     supervision = make_supervision(rules, plan.n_classes, plan.batch_dice, training)
     if team.size > 1 and network.norm == "batch":
         raise InputError("network.norm = 'batch' needs the whole batch in one process; use 'instance', or train without torchrun")
+    if team.size > 1 and "topk" in training.loss:
+        raise InputError(
+            f"training.loss = {training.loss!r} takes the hardest tenth of a whole batch, which no process sees; "
+            "use 'dice_ce', or train without torchrun"
+        )
     if team.size > 1:
         supervision = replace(supervision, pooled=team.pooled)
     started = None if pretrained is None else weights_digest(pretrained)
@@ -132,7 +139,7 @@ def train(
                 say(f"{out} holds this training, finished; it is not trained again")
                 team.told(("finished", result := read_finished(out, opened.result)))
                 return result
-            now, grown = environment_of(compute), False
+            now, grown = environment_of(compute, team.size), False
             if (found := disk.load_checkpoint(checkpoints)) is not None:
                 # an extended training's checkpoint still names its old length
                 grown = found.state["identity"].get(EPOCHS) in opened.earlier
@@ -208,7 +215,8 @@ class _Run:
         restore_optimizer(self.optimizer, found.tensors, found.state["optimizer"])
         self.best = disk.named("best", found.tensors)
         self.at = Position.from_json(found.state["at"])
-        self.at.stopped = self.at.stopped and not grown
+        if grown:
+            self.at.stopped, self.at.extended_at = False, self.at.epoch
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that `restore` needs."""
@@ -265,7 +273,9 @@ class _Run:
             steps, size, device = recipe.iterations_per_epoch, self.plan.batch_size, str(self.device)
             line = epoch_line(about, at.epoch_seconds, at.wait_seconds, train_seconds, steps, size, to_go, device)
             at.log.append(line)
-            at.stopped = recipe.early_stopping != "off" and should_stop(at.best, at.epoch, recipe.early_stopping.patience_epochs)
+            at.stopped = recipe.early_stopping != "off" and should_stop(
+                at.best, at.epoch, recipe.early_stopping.patience_epochs, at.extended_at
+            )
             at.epoch, at.step, at.loss_sum, at.epoch_seconds, at.wait_seconds = at.epoch + 1, 0, 0.0, 0.0, 0.0
             if log is not None:
                 log.add(line)
@@ -277,6 +287,8 @@ class _Run:
         """Final and best weights, and what there is to say about them."""
         at, final, best = self.at, out / "final.safetensors", out / "best.safetensors"
         weights = self.network.state_dict()
+        if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+            raise CaseError("training diverged: a weight is not finite after the last step; lower training.learning_rate")
         final_sha = save_tensors(weights, final, about | {"epoch": at.epoch - 1, "moving_average": at.average})
         value, epoch = (at.best.value, at.best.epoch) if at.best.epoch >= 0 else (at.average, at.epoch - 1)
         best_sha = save_tensors(self.best or weights, best, about | {"epoch": epoch, "moving_average": value})
@@ -344,8 +356,13 @@ class _Run:
                     outputs = self.network(image)
                 total += float(self.loss(outputs, target))
                 counts += count_hits(outputs if isinstance(outputs, Tensor) else outputs[0], target, self.rules)
+        if not math.isfinite(total):
+            raise CaseError(
+                f"training diverged: the validation loss is {total} after epoch {epoch}; "
+                "check the images for NaN, or lower training.learning_rate"
+            )
         counts = self.team.summed(torch.from_numpy(counts).to(self.device)).cpu().numpy()
-        return _or_none(total / steps), dice_of(counts)
+        return total / steps, dice_of(counts)
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")

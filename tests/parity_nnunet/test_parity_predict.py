@@ -36,7 +36,7 @@ from ichbench.prepare.plan import Plan, make_plan
 from ichbench.recipe import InferenceRecipe, PlanRecipe, PrepareRecipe
 
 torch.set_num_threads(1)
-NNUNET = InferenceRecipe(compatibility="nnunet")
+NNUNET = InferenceRecipe(compatibility="nnunet", mirror=True)
 PREPARE = PrepareRecipe(compatibility="nnunet")
 
 
