@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -87,14 +86,9 @@ def test_the_same_recipe_is_not_separable_from_itself_and_permuted_masks_teach_n
 
 @pytest.fixture(scope="module")
 def honesty() -> ModuleType:
-    path = ROOT / "benchmarks" / "honesty.py"
-    spec = importlib.util.spec_from_file_location("honesty", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["honesty"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("honesty")
 
 
 @pytest.mark.parametrize("n", [13, 30])
