@@ -52,6 +52,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "screen",
         "probes",
     ),
+    "strict": (),
     "recipe": (),
     "arms": (),
     "prepare": (
