@@ -96,9 +96,9 @@ def theirs(cases: list[tuple[Any, Any]]) -> Callable[[int], Any]:
 
 
 def ours(cases: list[tuple[Any, Any]], seed: int, clamped: bool, **fields: Any) -> Callable[[int], Any]:
+    from ichbench.augmentation.batches import Sampling, make_batch
+    from ichbench.augmentation.patches import TRAIN_STREAM, TrainingCase
     from ichbench.recipe import AugmentRecipe
-    from ichbench.training.batches import Sampling, make_batch
-    from ichbench.training.patches import TRAIN_STREAM, TrainingCase
 
     made = [TrainingCase(str(i), image, labels, {1: np.argwhere(labels == 1)}) for i, (image, labels) in enumerate(cases)]
     sampling = Sampling(PATCH, BATCH, 0.33, seed, AugmentRecipe(**fields), clamped=clamped)

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from common import SHARED, arguments, own_threads
 
+from ichbench.augmentation.draw import draw_augmentation, enlarged_zyx
+from ichbench.augmentation.patches import corner_range, patch_zyx, sample_generator
+from ichbench.augmentation.spatial import reading
 from ichbench.cases.cohort import Cohort, read_cohort
 from ichbench.cases.images import read_grid
 from ichbench.cases.splits import five_folds
 from ichbench.recipe import AugmentRecipe
-from ichbench.training.draw import draw_augmentation, enlarged_zyx
-from ichbench.training.patches import corner_range, patch_zyx, sample_generator
-from ichbench.training.spatial import reading
 
 #: patches that nnU-Net plans for these data sets (3d_fullres)
 PATCHES = {"Dataset004_Hippocampus": (40, 56, 40), "Dataset501_PHE": (28, 256, 256)}

@@ -254,8 +254,8 @@ def matrix_rate(device: str, size: int = 8192, repeats: int = 20) -> float:
 
 def waits(plan: Plan, device: str, workers: int, step_seconds: float) -> str:
     """How much of a step's time patches cost, made by `workers` threads of the CPU from one full-size CT."""
-    from ichbench.training.batches import Sampling, ahead, make_batch
-    from ichbench.training.patches import TRAIN_STREAM, TrainingCase
+    from ichbench.augmentation.batches import Sampling, ahead, make_batch
+    from ichbench.augmentation.patches import TRAIN_STREAM, TrainingCase
 
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, 28, 512, 512)).astype(np.float32)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from ichbench.augmentation.patches import TrainingCase, TrainingWarning
 from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.sliding import predict_logits
@@ -21,7 +22,6 @@ from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights
 from ichbench.recipe import AugmentRecipe, EarlyStopping, InferenceRecipe, NetworkRecipe, TrainingRecipe
 from ichbench.training.logs import MEASURED
-from ichbench.training.patches import TrainingCase, TrainingWarning
 from ichbench.training.supervision import count_hits, dice_of
 from ichbench.training.trainer import OPTIMIZERS, TrainResult, train
 

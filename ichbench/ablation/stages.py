@@ -103,12 +103,12 @@ def train_stage(task: Task, **options: Any) -> dict[str, Any]:
     """The stage `train`; `options` are those of `trainer.train`."""
     import numpy as np
 
+    from ichbench.augmentation.patches import TrainingCase
     from ichbench.cases.labels import rules_from_json
     from ichbench.prepare.configuration import network_plan, read_plan
     from ichbench.prepare.store import prepared_digest, read_prepared
     from ichbench.recipe import NetworkRecipe, TrainingRecipe
     from ichbench.training.folder import Saving
-    from ichbench.training.patches import TrainingCase
     from ichbench.training.trainer import train
 
     _set_threads(task.threads)
