@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ichbench.errors import InputError
+from ichbench.prepare.configuration import read_plan
 from ichbench.prepare.fingerprint import Fingerprint
 from ichbench.prepare.plan import Plan, Planner, make_plan, plan_all
 from ichbench.prepare.topology import FAMILIES, feature_map_elements, topology
@@ -193,6 +196,22 @@ def test_json_and_words() -> None:
     table = plan("tiny").to_json()
     with pytest.raises(InputError, match=r"missing \['dims'\], unknown \['dim'\]"):
         Plan.from_json({**{key: value for key, value in table.items() if key != "dims"}, "dim": 3})
+
+
+def test_a_plan_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    for before in ("", "\ufeff"):
+        path.write_text(before + json.dumps(plan("tiny").to_json()), encoding="utf-8")
+        assert read_plan(path) == plan("tiny")
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ("[" * 200_000, "cannot be read as JSON"),
+        ("[]", "JSON object"),
+        ("{}", "not a plan"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*{message}.*; prepare the cohort again$"):
+            read_plan(path)
 
 
 def test_anisotropic_patches_are_named() -> None:

@@ -124,7 +124,11 @@ class Plan:
 
 def read_plan(path: Path) -> Plan:
     """A plan.json, as `Plan.to_json` wrote it; `InputError` for anything else."""
-    return Plan.from_json(read_table(path, "prepare the cohort again"))
+    table = read_table(path, "prepare the cohort again")
+    try:
+        return Plan.from_json(table)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _explain_norm(index: int, name: str, plan: Plan) -> str:
