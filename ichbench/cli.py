@@ -48,6 +48,7 @@ def run_ablation(
     workers: Annotated[str | None, typer.Option(help="steps that run at once (default: one per core)")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
     threads: Annotated[str | None, typer.Option(help="threads per step; scores depend on it in the last digits")] = None,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits every time on a GPU, too; slower")] = False,
     protocol: Annotated[str | None, typer.Option(help="scoring protocol: instance2022 or strict")] = None,
     predictions: Annotated[list[str] | None, typer.Option(help="NAME=DIR: somebody else's masks as an arm")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show settings, arms and steps, compute nothing")] = False,
@@ -61,7 +62,13 @@ def run_ablation(
     from ichbench.ablation.study import read_study_file
 
     given = {"study": study, "cohort": cohort, "out": out, "preset": preset, "seeds": seeds, "folds": folds}
-    given |= {"workers": workers, "device": device, "threads": threads, "protocol": protocol}
+    given |= {
+        "workers": workers,
+        "device": device,
+        "threads": threads,
+        "protocol": protocol,
+        "deterministic": "yes" if deterministic else None,
+    }
     defaults = read_study_file(settle_study(study))[1].run
     settings = settle(given, defaults)
     folders = named_folders(predictions or [])
@@ -100,7 +107,7 @@ def _dry_run(settings: Any, folders: dict[str, Path]) -> None:
 
         found = read_cohort(Path(settings.cohort))
         folds = parse_folds(settings.folds or default_folds(found))
-        dag = make_dag(study, found, settings.seeds, folds, settings.device.split(":")[0], settings.threads, settings.protocol)
+        dag = make_dag(study, found, settings.seeds, folds, settings.compute, settings.protocol)
         kinds = [step.kind for step in dag.steps.values()]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         typer.echo(f"\ncohort {found.name}: {len(found.train_ids)} training, {len(found.test_ids)} test cases; folds {','.join(folds)}")

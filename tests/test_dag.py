@@ -14,6 +14,7 @@ from ichbench.ablation.folds import make_part
 from ichbench.ablation.study import make_study
 from ichbench.cases.cohort import Cohort, read_cohort
 from ichbench.cases.phantom import write_phantom
+from ichbench.compute import ONE_CORE, Compute
 from ichbench.errors import InputError
 
 
@@ -23,7 +24,7 @@ def cohort(small_phantom: Path) -> Cohort:
 
 
 def graph(cohort: Cohort, study: str = "preprocessing", seeds: tuple[int, ...] = (0,), **changes: object) -> Dag:
-    settings: dict[str, object] = {"folds": ("full",), "device": "cpu", "threads": 1, "protocol": "instance2022"} | changes
+    settings: dict[str, object] = {"folds": ("full",), "compute": ONE_CORE, "protocol": "instance2022"} | changes
     return make_dag(make_study(study, "smoke"), cohort, seeds, **settings)  # type: ignore[arg-type]
 
 
@@ -61,8 +62,9 @@ def test_ids_do_not_depend_on_where_things_lie(cohort: Cohort) -> None:
 @pytest.mark.parametrize(
     ("changes", "kept"),
     [
-        ({"threads": 2}, {"prepare"}),
-        ({"device": "cuda"}, {"prepare"}),
+        ({"compute": Compute(threads=2)}, {"prepare"}),
+        ({"compute": Compute("cuda")}, {"prepare"}),
+        ({"compute": Compute("cuda", deterministic=True)}, {"prepare"}),
         ({"protocol": "strict"}, {"prepare", "train", "predict"}),
         ({"seeds": (1,)}, {"prepare"}),
     ],
@@ -120,10 +122,10 @@ def test_full_needs_labelled_test_cases(cohort: Cohort) -> None:
 def test_folder_arms_need_their_folder(cohort: Cohort, tmp_path: Path) -> None:
     study = make_study("preprocessing", "smoke", {"theirs": tmp_path / "absent"})
     with pytest.raises(InputError, match="does not exist"):
-        make_dag(study, cohort, (0,), ("full",), "cpu", 1, "instance2022")
+        make_dag(study, cohort, (0,), ("full",), ONE_CORE, "instance2022")
     study = make_study("preprocessing", "smoke", {"theirs": tmp_path})
     with pytest.raises(InputError, match="holds no mask"):
-        make_dag(study, cohort, (0,), ("full",), "cpu", 1, "instance2022")
+        make_dag(study, cohort, (0,), ("full",), ONE_CORE, "instance2022")
 
 
 def test_folds_that_share_cases_are_refused(cohort: Cohort) -> None:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "ichbench"
 #: rooms from top to bottom; inside a room, files from top to bottom
 HOUSE: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "compute": (),
     "cases": (
         "case",
         "labels",

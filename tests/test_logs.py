@@ -106,9 +106,16 @@ def test_on_a_terminal_it_moves() -> None:
 def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "curves.png"
+    from matplotlib.axes import Axes
+
+    drawn: list[str] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, *args, **options: drawn.append(options.get("label", "")) or plot(axes, *args, **options))
     for lines in ([line(), line(ABOUT | {"epoch": 4})], [line(BARE)], []):
-        assert draw_curves(lines, path) is None
+        assert draw_curves(lines, path, ["bleed"]) is None
         assert path.read_bytes().startswith(b"\x89PNG")
+    labels = ["bleed", *(f"label {number}" for number in range(2, len(line()["pseudo_dice"]) + 1))]
+    assert drawn[:6] == ["training", "validation", *labels, "moving average of the mean", ""][:6]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw_curves([], path) == "curves.png was not drawn: matplotlib is not installed (pip install 'ichbench[plots]')"
 

@@ -22,6 +22,7 @@ from test_trainer import FLAT, QUICK, SOLID, blob_cases
 
 from ichbench.augmentation.patches import TrainingWarning
 from ichbench.cases import files
+from ichbench.compute import Compute
 from ichbench.errors import CaseError, InputError
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights, read_weights
@@ -55,7 +56,7 @@ def learn(out: Path, stop_after: int = 0, saving: Saving = EVERY, **changes: Any
 
     given = {"plan": SOLID, "network": NetworkRecipe(), "seed": 0, "cases": blob_cases(3), "validation_cases": blob_cases(2, 50)}
     given |= {name: changes.pop(name) for name in list(changes) if name in given}
-    options = {name: changes.pop(name) for name in list(changes) if name in ("pretrained", "overwrite", "extend", "threads", "digests")}
+    options = {name: changes.pop(name) for name in list(changes) if name in ("pretrained", "overwrite", "extend", "compute", "digests")}
     recipe = QUICK.model_copy(update={"epochs": 3} | changes)
     tick_option = {"tick": tick} if stop_after else {}
     return trainer.train(**given, training=recipe, out=out, saving=saving, **options, **tick_option)
@@ -456,7 +457,7 @@ def test_another_torch_is_said_and_allowed(whole: TrainResult, tmp_path: Path, m
             same(whole, learn(tmp_path / "out"))
     broken_off(tmp_path / "threads")
     with pytest.warns(TrainingWarning, match="threads was 1, is 2"):
-        learn(tmp_path / "threads", threads=2)
+        learn(tmp_path / "threads", compute=Compute(threads=2))
 
 
 def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_defaults() -> None:
         None,
     )
     assert str(settings.out).replace("\\", "/") == "runs/preprocessing-phantom-smoke"
-    assert settings.threads == 1
+    assert settings.compute.threads == 1
     assert settings.workers >= 1
 
 
@@ -54,6 +54,8 @@ def test_the_study_follows_the_same_precedence() -> None:
         ({"protocol": "bogus"}, "bogus"),
         ({"seeds": "99999999999999999999"}, "below 2"),
         ({"device": "tpu"}, "give auto, cpu, cuda"),
+        ({"device": "cuda:x"}, "give auto, cpu, cuda"),
+        ({"deterministic": "perhaps"}, "give yes or no"),
     ],
 )
 def test_bad_settings(given: dict[str, str | None], said: str) -> None:

@@ -29,6 +29,7 @@ from ichbench.ablation.step import (
     run_step,
     write_step,
 )
+from ichbench.compute import ONE_CORE
 from ichbench.errors import CaseError, InputError
 
 
@@ -40,7 +41,7 @@ def work(task: Task) -> dict[str, object]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(step_module.STAGES, "score", work)
-    return write_step(tmp_path, Step("score", {"text": "hello"}, label="a test"), "cpu", 1)
+    return write_step(tmp_path, Step("score", {"text": "hello"}, label="a test"), ONE_CORE)
 
 
 def test_a_step_ends_with_a_result(folder: Path) -> None:
@@ -114,11 +115,11 @@ def test_our_warnings_become_notes(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_an_unfinished_step_learns_that_the_cohort_moved(tmp_path: Path, folder: Path) -> None:
     moved = Step("score", {"text": "hello"}, where={"cohort": "new place"})
-    assert write_step(tmp_path, moved, "cpu", 1) == folder
+    assert write_step(tmp_path, moved, ONE_CORE) == folder
     assert json.loads((folder / "step.json").read_text())["where"] == {"cohort": "new place"}
     run_step(folder)
     before = (folder / "step.json").read_bytes()
-    write_step(tmp_path, Step("score", {"text": "hello"}), "cpu", 1)
+    write_step(tmp_path, Step("score", {"text": "hello"}), ONE_CORE)
     assert (folder / "step.json").read_bytes() == before
 
 
@@ -153,7 +154,7 @@ def test_kill_9_leaves_no_result_and_the_next_attempt_succeeds(tmp_path: Path) -
         "def work(task):\n    (task.out / 'half.txt').write_text('half')\n    time.sleep(float(task.spec['seconds']))\n    return {}\n"
         "step.STAGES['score'] = work\nsys.exit(step.main(sys.argv[1:]))\n"
     )
-    folder = write_step(tmp_path, Step("score", {"seconds": "60"}), "cpu", 1)
+    folder = write_step(tmp_path, Step("score", {"seconds": "60"}), ONE_CORE)
     process = subprocess.Popen([sys.executable, "-c", program, str(folder)])
     deadline = time.monotonic() + 30
     while not (folder / "attempts/1/output/half.txt").exists() and time.monotonic() < deadline:
@@ -188,8 +189,8 @@ def training_step(cohort: Path, root: Path, preset: Path) -> Path:
     preset.write_text(THREE_EPOCHS)
     study = preset.with_name("study.toml")
     study.write_text('why = "one arm"\nfloor = false\nceilings = false\n')
-    dag = make_dag(make_study(str(study), str(preset)), read_cohort(cohort), (0,), ("full",), "cpu", 1, "instance2022")
-    folders = {step.kind: write_step(root, step, "cpu", 1) for step in dag.steps.values()}
+    dag = make_dag(make_study(str(study), str(preset)), read_cohort(cohort), (0,), ("full",), ONE_CORE, "instance2022")
+    folders = {step.kind: write_step(root, step, ONE_CORE) for step in dag.steps.values()}
     assert run_step(folders["prepare"]) == DONE
     return folders["train"]
 

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from ichbench.augmentation.patches import TrainingCase, TrainingWarning
 from ichbench.cases.labels import LabelRules, plain_rules
+from ichbench.compute import Compute
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.sliding import predict_logits
 from ichbench.network.losses import LOSSES
@@ -326,7 +327,7 @@ def test_sgd_is_nesterov_and_the_thread_count_is_given_back(tmp_path: Path) -> N
     group = OPTIMIZERS["sgd"](iter([torch.nn.Parameter(torch.zeros(1))]), TrainingRecipe()).param_groups[0]
     assert (group["nesterov"], group["momentum"], group["weight_decay"], group["lr"]) == (True, 0.99, 3e-5, 0.01)
     before = torch.get_num_threads()
-    train(blob_cases(1), [], SOLID, NetworkRecipe(), QUICK.model_copy(update={"epochs": 1}), 0, tmp_path, threads=before + 1)
+    train(blob_cases(1), [], SOLID, NetworkRecipe(), QUICK.model_copy(update={"epochs": 1}), 0, tmp_path, Compute(threads=before + 1))
     assert torch.get_num_threads() == before
     assert set(OPTIMIZERS) == set(TrainingRecipe.model_fields["optimizer"].annotation.__args__)  # type: ignore[union-attr]
 

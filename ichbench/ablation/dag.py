@@ -16,6 +16,7 @@ from ichbench.ablation.folds import N_FOLDS, Part, make_part
 from ichbench.ablation.study import UNTRAINED, Study
 from ichbench.arms import Arm
 from ichbench.cases.cohort import Cohort
+from ichbench.compute import Compute
 from ichbench.errors import InputError
 from ichbench.inference.predictors import find_mask
 from ichbench.recipe import digest
@@ -80,9 +81,9 @@ class Dag:
         return found
 
 
-def make_dag(study: Study, cohort: Cohort, seeds: tuple[int, ...], folds: tuple[str, ...], device: str, threads: int, protocol: str) -> Dag:
+def make_dag(study: Study, cohort: Cohort, seeds: tuple[int, ...], folds: tuple[str, ...], compute: Compute, protocol: str) -> Dag:
     """Steps for every arm, fold and seed. Arms that share prepared data, weights or masks share the steps."""
-    maker = _Maker(cohort, device, threads, protocol)
+    maker = _Maker(cohort, compute, protocol)
     results: list[Result] = []
     parts = {fold: make_part(cohort, fold) for fold in folds}
     _refuse_overlap(parts)
@@ -94,9 +95,9 @@ def make_dag(study: Study, cohort: Cohort, seeds: tuple[int, ...], folds: tuple[
     return Dag(maker.steps, tuple(results))
 
 
-def fold_steps(arm: Arm, cohort: Cohort, part: Part, fold: str, seed: int, device: str, threads: int, protocol: str) -> dict[Kind, Step]:
+def fold_steps(arm: Arm, cohort: Cohort, part: Part, fold: str, seed: int, compute: Compute, protocol: str) -> dict[Kind, Step]:
     """The steps of one training of one arm without post-processing, by their kind."""
-    maker = _Maker(cohort, device, threads, protocol)
+    maker = _Maker(cohort, compute, protocol)
     maker.result(arm, part, fold, seed, None)
     return {step.kind: step for step in maker.steps.values()}
 
@@ -116,8 +117,8 @@ def _refuse_overlap(parts: dict[str, Part]) -> None:
 class _Maker:
     """Collects steps; asking twice for the same work gives the same step."""
 
-    def __init__(self, cohort: Cohort, device: str, threads: int, protocol: str) -> None:
-        self.cohort, self.device, self.threads, self.protocol = cohort, device, threads, protocol
+    def __init__(self, cohort: Cohort, compute: Compute, protocol: str) -> None:
+        self.cohort, self.compute, self.protocol = cohort, compute, protocol
         self.steps: dict[str, Step] = {}
         self.where = {"cohort": str((cohort.source or cohort.root).resolve())}
 
@@ -258,7 +259,7 @@ class _Maker:
         return {name: self.cohort.case_digest(name) for name in ids}
 
     def _environment(self) -> dict[str, Any]:
-        return {"device": self.device, "threads": self.threads} | {name: version(name) for name in ("torch", "numpy", "scipy")}
+        return self.compute.environment() | {name: version(name) for name in ("torch", "numpy", "scipy")}
 
 
 def first_stage(arm: Arm) -> Arm:

@@ -20,6 +20,7 @@ from typing import Any
 from ichbench.ablation.dag import Dag, Step
 from ichbench.ablation.step import AGAIN, DONE, INTERRUPTED, is_finished, last_message, result_of, run_step, write_step
 from ichbench.cases.files import read_table
+from ichbench.compute import Compute
 
 #: glibc gives large blocks back to the system after every use and takes them again, 10 % of a training step and a third of a
 #: prediction on a CPU; these settings keep them
@@ -52,17 +53,17 @@ class Outcome:
     blocked: list[str] = field(default_factory=list)
 
 
-def run_dag(dag: Dag, root: Path, device: str, threads: int, workers: int, show: Callable[[Event], None]) -> Outcome:
+def run_dag(dag: Dag, root: Path, compute: Compute, workers: int, show: Callable[[Event], None]) -> Outcome:
     """Run all steps of a DAG under `root`, at most `workers` at once (one at a time for training on a GPU).
 
     A failed step stops what depends on it and nothing else. Ctrl-C ends the children and is passed on.
     """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(threads)
+        os.environ[name] = str(compute.threads)
     for name, value in MALLOC.items():
         os.environ.setdefault(name, value)
     context = _context()
-    folders = {step_id: write_step(root, step, device, threads) for step_id, step in dag.steps.items()}
+    folders = {step_id: write_step(root, step, compute) for step_id, step in dag.steps.items()}
     done = {step_id for step_id, folder in folders.items() if is_finished(folder)}
     waiting = [step_id for step_id in _most_urgent_first(dag) if step_id not in done]
     clock = _Clock(dag, done)
@@ -79,7 +80,7 @@ def run_dag(dag: Dag, root: Path, device: str, threads: int, workers: int, show:
                     waiting.remove(step_id)
                     outcome.blocked.append(step_id)
                     show(clock.event("blocked", step, (), f"needs {bad[0]}"))
-                elif all(name in done for name in step.inputs.values()) and not _gpu_taken(step, dag, device, running):
+                elif all(name in done for name in step.inputs.values()) and not _gpu_taken(step, dag, compute, running):
                     waiting.remove(step_id)
                     process = context.Process(target=_child, args=(str(folders[step_id]),), name=step_id)
                     process.start()
@@ -159,8 +160,8 @@ def _most_urgent_first(dag: Dag) -> list[str]:
     return sorted(order, key=lambda name: (-behind[name], order.index(name)))
 
 
-def _gpu_taken(step: Step, dag: Dag, device: str, running: dict[Any, str]) -> bool:
-    uses_gpu = device != "cpu" and step.kind in ("train", "predict")
+def _gpu_taken(step: Step, dag: Dag, compute: Compute, running: dict[Any, str]) -> bool:
+    uses_gpu = compute.kind != "cpu" and step.kind in ("train", "predict")
     return uses_gpu and any(dag.steps[name].kind in ("train", "predict") for name in running.values())
 
 

@@ -26,6 +26,7 @@ from ichbench.board.render import board_csv, board_markdown, build_board
 from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import read_table, write_atomically
 from ichbench.cases.images import read_labels
+from ichbench.compute import Compute
 from ichbench.errors import CaseError, InputError
 from ichbench.scoring.probes import probe_rows
 from ichbench.scoring.protocol import PROTOCOLS
@@ -153,8 +154,9 @@ def _measured(study: Study, names: set[str], cohort: Cohort, about: dict[str, An
     part = replace(study, arms=tuple(arm for arm in study.arms if arm.name in names))
     if not part.arms:
         return []
-    dag = make_dag(part, cohort, tuple(about["seeds"]), tuple(about["folds"]), "cpu", about["threads"], about["protocol"])
-    outcome = run_dag(dag, scratch / "steps", "cpu", about["threads"], 2, lambda event: None)
+    compute = Compute("cpu", about["threads"])
+    dag = make_dag(part, cohort, tuple(about["seeds"]), tuple(about["folds"]), compute, about["protocol"])
+    outcome = run_dag(dag, scratch / "steps", compute, 2, lambda event: None)
     if outcome.failed:
         raise CaseError("; ".join(f"{dag.steps[name].label}: {message}" for name, message in outcome.failed.items()))
     return collect_scores(dag, scratch / "steps", dag.results)

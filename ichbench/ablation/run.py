@@ -59,11 +59,11 @@ def plan_run(settings: Settings, predictions: dict[str, Path]) -> Planned:
     study = make_study(settings.study, settings.preset, predictions)
     for arm in study.arms:
         # else every arm is trained before its first prediction fails
-        check_precision(arm.recipe.inference, settings.device, f"arm {arm.name}: ")
+        check_precision(arm.recipe.inference, settings.compute.device, f"arm {arm.name}: ")
     check_out(settings, study)
     cohort = phantom_cohort(settings.out / "cohort") if settings.cohort == PHANTOM else open_cohort(Path(settings.cohort), study)
     folds = parse_folds(settings.folds or default_folds(cohort))
-    dag = make_dag(study, cohort, settings.seeds, folds, settings.device.split(":")[0], settings.threads, settings.protocol)
+    dag = make_dag(study, cohort, settings.seeds, folds, settings.compute, settings.protocol)
     return Planned(settings, study, cohort, folds, dag)
 
 
@@ -105,7 +105,7 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
     out = settings.out
     claim(planned)
     root = out / "steps"
-    outcome = run_dag(planned.dag, root, settings.device, settings.threads, settings.workers, show)
+    outcome = run_dag(planned.dag, root, settings.compute, settings.workers, show)
     complete = _complete_arms(planned.dag, root)
     finished = [result for result in planned.dag.results if result.arm in complete]
     about: dict[str, Any] = {
@@ -116,8 +116,9 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
         "seeds": list(settings.seeds),
         "folds": list(planned.folds),
         "protocol": settings.protocol,
-        "device": settings.device,
-        "threads": settings.threads,
+        "device": settings.compute.device,
+        "threads": settings.compute.threads,
+        "deterministic": settings.compute.deterministic,
         "arms": [arm.name for arm in study.arms],
         "base": study.base,
         "design": study.design,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ichbench.ablation.study import RunDefaults
 from ichbench.arms import shipped
+from ichbench.compute import Compute, resolve_device
 from ichbench.errors import InputError
 from ichbench.scoring.protocol import get_protocol
 
@@ -28,8 +29,7 @@ class Settings:
     #: None: decided by the cohort (full where there are labelled test cases, else cv)
     folds: str | None
     workers: int
-    device: str
-    threads: int
+    compute: Compute
     protocol: str
     sources: dict[str, str]
 
@@ -43,11 +43,12 @@ class Settings:
             "seeds": ",".join(map(str, self.seeds)),
             "folds": self.folds or "by cohort",
             "workers": str(self.workers),
-            "device": self.device,
-            "threads": str(self.threads),
+            "device": self.compute.device,
+            "threads": str(self.compute.threads),
+            "deterministic": "yes" if self.compute.deterministic else "no",
             "protocol": self.protocol,
         }
-        return [f"{name:9} = {value}   ({self.sources[name]})" for name, value in shown.items()]
+        return [f"{name:13} = {value}   ({self.sources[name]})" for name, value in shown.items()]
 
 
 def settle(given: Mapping[str, str | None], study_defaults: RunDefaults, environment: Mapping[str, str] | None = None) -> Settings:
@@ -77,6 +78,7 @@ def settle(given: Mapping[str, str | None], study_defaults: RunDefaults, environ
     workers = _whole(pick("workers", None, str(_cores())), "workers", 1)
     threads = _whole(pick("threads", None, "1"), "threads", 1)
     device = resolve_device(pick("device", None, "auto"))
+    deterministic = _yes_or_no(pick("deterministic", None, "no"), "deterministic")
     protocol = get_protocol(pick("protocol", None, "instance2022")).name
     return Settings(
         study,
@@ -86,8 +88,7 @@ def settle(given: Mapping[str, str | None], study_defaults: RunDefaults, environ
         parse_seeds(seeds_text),
         None if folds == "by cohort" else folds,
         workers,
-        device,
-        threads,
+        Compute(device, threads, deterministic),
         protocol,
         sources,
     )
@@ -113,23 +114,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def _yes_or_no(text: str, name: str) -> bool:
+    if text.lower() not in ("yes", "no", "1", "0", "true", "false"):
+        raise InputError(f"{name} = {text!r} is not understood; give yes or no")
+    return text.lower() in ("yes", "1", "true")
+
+
 def _whole(text: str, name: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise InputError(f"--{name} {text!r} is not understood; give a whole number from {least}")
     return int(text)
-
-
-def resolve_device(text: str) -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:N` -> the device to use; auto is CUDA where there is one."""
-    if text == "cpu":
-        return "cpu"
-    # costs 2 s, so only where something other than the CPU is thinkable
-    import torch
-
-    if text == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if text.split(":")[0] != "cuda":
-        raise InputError(f"--device {text!r} is not known; give auto, cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise InputError(f"--device {text} was asked for, but torch {torch.__version__} sees no CUDA device; use --device cpu")
-    return text

@@ -31,6 +31,7 @@ from ichbench.ablation.study import RunDefaults, Study
 from ichbench.arms import Arm, load_arm
 from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import seal, unseal, write_atomically
+from ichbench.compute import ONE_CORE, Compute
 from ichbench.errors import InputError
 from ichbench.recipe import check_precision, flat
 from ichbench.scoring.score import Score
@@ -54,8 +55,7 @@ class Wanted:
     preset: str = "full"
     fold: str = "0"
     seed: int = 0
-    device: str = "cpu"
-    threads: int = 1
+    compute: Compute = ONE_CORE
     protocol: str = "instance2022"
     pretrained: Path | None = None
     overwrite: bool = False
@@ -97,13 +97,12 @@ def plan_fold(wanted: Wanted) -> Job:
     if wanted.extend_to is not None:
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"epochs": wanted.extend_to})})
     arm = replace(arm, recipe=recipe)
-    check_precision(recipe.inference, wanted.device)
+    check_precision(recipe.inference, wanted.compute.device)
     _check_folder(wanted.out)
     study = Study("train", arm.why, arm.name, (arm,), {}, RunDefaults())
     cohort = phantom_cohort(wanted.out / "cohort") if wanted.cohort == PHANTOM else open_cohort(Path(wanted.cohort), study)
     part = training_part(cohort, wanted.fold)
-    device = wanted.device.split(":")[0]
-    steps = fold_steps(arm, cohort, part, wanted.fold, wanted.seed, device, wanted.threads, wanted.protocol)
+    steps = fold_steps(arm, cohort, part, wanted.fold, wanted.seed, wanted.compute, wanted.protocol)
     job = Job(wanted, arm, cohort, part, steps, _weights_of(wanted.pretrained))
     if not wanted.overwrite:
         _refuse_other(wanted.out, _identity(job))
@@ -197,7 +196,7 @@ def _prepare(job: Job, say: Callable[[str], object]) -> None:
 
 def _task(job: Job, kind: str, inputs: dict[str, Path], out: Path) -> Task:
     step = job.steps[kind]
-    return Task(json.loads(json.dumps(step.spec)), step.where, inputs, out, job.wanted.device, job.wanted.threads)
+    return Task(json.loads(json.dumps(step.spec)), step.where, inputs, out, job.wanted.compute)
 
 
 def _identity(job: Job) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A stage reads its spec and the finished inputs, and writes files into one folder
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.cases.cohort import Cohort
+from ichbench.compute import ONE_CORE, Compute, computing
 from ichbench.errors import InputError
 
 
@@ -28,8 +30,7 @@ class Task:
     where: dict[str, str]
     inputs: dict[str, Path]
     out: Path
-    device: str
-    threads: int
+    compute: Compute = ONE_CORE
     kept: Path | None = None
 
     def model(self, name: str, model: Any) -> Any:
@@ -53,12 +54,6 @@ def _check_digests(cohort: Cohort, expected: dict[str, str]) -> None:
             f"{len(changed)} case(s) of cohort {cohort.name} changed since the study was planned: {', '.join(changed[:5])}; "
             "run the study again"
         )
-
-
-def _set_threads(threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
 
 
 def _prepare(task: Task) -> dict[str, Any]:
@@ -111,7 +106,6 @@ def train_stage(task: Task, **options: Any) -> dict[str, Any]:
     from ichbench.training.folder import Saving
     from ichbench.training.trainer import train
 
-    _set_threads(task.threads)
     plan = read_plan(task.inputs["prepare"] / "plan.json")
     store = task.inputs["prepare"] / "cases"
     names = list(dict.fromkeys([*task.spec["train"], *task.spec["validate"]]))
@@ -137,8 +131,7 @@ def train_stage(task: Task, **options: Any) -> dict[str, Any]:
         task.model("training", TrainingRecipe),
         task.spec["seed"],
         task.out,
-        task.device,
-        task.threads,
+        task.compute,
         rules=rules,
         digests=digests,
         **options or {"saving": Saving(task.kept, keep=False), "say": lambda text: print(text, flush=True)},  # noqa: T201
@@ -148,6 +141,12 @@ def train_stage(task: Task, **options: Any) -> dict[str, Any]:
 
 
 def _predict(task: Task) -> dict[str, Any]:
+    # what has no network needs no torch, which takes seconds to load
+    with computing(task.compute) if "train" in task.inputs else contextlib.nullcontext():
+        return _masks(task)
+
+
+def _masks(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
     from ichbench.cases.images import write_labels
     from ichbench.inference.predictors import PREDICTORS, Tools, fit_thresholds
@@ -158,7 +157,7 @@ def _predict(task: Task) -> dict[str, Any]:
     cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
     _check_digests(cohort, task.spec["cases"] | task.spec.get("fit_on", {}))
     keep = prepare.compatibility == "nnunet"
-    tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.device, "rules": cohort.rules}
+    tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.compute.device, "rules": cohort.rules}
     if "prepare" in task.inputs:
         tools["plan"] = read_plan(task.inputs["prepare"] / "plan.json")
     if "train" in task.inputs:
@@ -166,10 +165,9 @@ def _predict(task: Task) -> dict[str, Any]:
         from ichbench.network.weights import load_weights
         from ichbench.prepare.configuration import network_plan
 
-        _set_threads(task.threads)
         network = make_unet(network_plan(tools["plan"], cohort.rules), task.model("network", NetworkRecipe))
         load_weights(network, task.inputs["train"] / f"{inference.checkpoint}.safetensors")
-        tools["networks"] = [network.to(task.device).eval()]
+        tools["networks"] = [network.to(task.compute.device).eval()]
     if "first" in task.inputs:
         first = task.inputs["first"]
         tools["previous"] = lambda case: _mask(first, case.id, keep, prepare.reorient)

@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from filelock import FileLock, Timeout
 from ichbench.ablation.dag import Step
 from ichbench.ablation.stages import STAGES, Task
 from ichbench.cases.files import read_table, write_atomically
+from ichbench.compute import Compute
 from ichbench.errors import CaseError, InputError
 
 DONE, FAILED, WRONG_INPUT, AGAIN = 0, 1, 2, 75
@@ -34,14 +36,14 @@ DONE, FAILED, WRONG_INPUT, AGAIN = 0, 1, 2, 75
 INTERRUPTED = "interrupted"
 
 
-def write_step(root: Path, step: Step, device: str, threads: int) -> Path:
+def write_step(root: Path, step: Step, compute: Compute) -> Path:
     """Make the directory of a step under `root`; a finished one is left alone. Returns the directory."""
     folder = root / step.id
     path = folder / "step.json"
     # an unfinished step is written again, since the cohort may have moved
     if not (folder / "result.json").exists():
         table = {"kind": step.kind, "spec": step.spec, "inputs": step.inputs, "where": step.where, "label": step.label}
-        write_atomically(path, json.dumps(table | {"device": device, "threads": threads}, indent=1, sort_keys=True).encode())
+        write_atomically(path, json.dumps(table | {"compute": asdict(compute)}, indent=1, sort_keys=True).encode())
     return folder
 
 
@@ -99,7 +101,7 @@ def _attempt(folder: Path) -> int:
         print(f"{table['label']} (attempt {number})", flush=True)  # noqa: T201
         try:
             inputs = {name: output_of(folder.parent / step_id) for name, step_id in table["inputs"].items()}
-            task = Task(table["spec"], table["where"], inputs, attempt / "output", table["device"], table["threads"], attempt / "kept")
+            task = Task(table["spec"], table["where"], inputs, attempt / "output", Compute(**table["compute"]), attempt / "kept")
             with _collected_warnings(notes):
                 extra = STAGES[table["kind"]](task)
         except (InputError, CaseError) as error:

@@ -26,7 +26,7 @@ def predict(
 
     A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.
     """
-    from ichbench.ablation.settings import resolve_device
+    from ichbench.compute import resolve_device
     from ichbench.inference.model import load_model, predict_path
 
     for done in predict_path(load_model(model, resolve_device(device)), image, out, probabilities, overwrite):

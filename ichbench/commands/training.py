@@ -24,6 +24,7 @@ def train(
     extend_to: Annotated[int | None, typer.Option(min=1, metavar="EPOCHS", help="give a finished training more epochs")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; the last digits of the weights depend on it")] = 1,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits every time on a GPU, too; slower")] = False,
     protocol: Annotated[str, typer.Option(help="scoring protocol of the validation cases")] = "instance2022",
     log: Annotated[list[str] | None, typer.Option(help="also log to: tensorboard, mlflow")] = None,
     save_every: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="between checkpoints; changes no result")] = 10.0,
@@ -34,8 +35,8 @@ def train(
     A finished training is left as it is; other settings on its folder are refused. Several GPUs (or CPU processes) share one
     training when torchrun starts the command: torchrun --nproc-per-node 2 -m ichbench.cli train COHORT --out DIR.
     """
-    from ichbench.ablation.settings import resolve_device
     from ichbench.ablation.single import Wanted, plan_fold, train_fold
+    from ichbench.compute import Compute, resolve_device
     from ichbench.scoring.protocol import get_protocol
     from ichbench.training.folder import Saving
     from ichbench.training.logs import curves_sink, draw_curves, live, read_log, trackers
@@ -43,7 +44,8 @@ def train(
 
     rules, place = get_protocol(protocol).name, resolve_device(device)
     with team_of_torchrun(place) as (team, place), warnings.catch_warnings():
-        wanted = Wanted(cohort, out, recipe, preset, fold, seed, place, threads, rules, pretrained, overwrite, extend_to)
+        compute = Compute(place, threads, deterministic)
+        wanted = Wanted(cohort, out, recipe, preset, fold, seed, compute, rules, pretrained, overwrite, extend_to)
         if not team.leads:
             warnings.simplefilter("ignore")
             # the leading process may have a phantom to write first
@@ -56,16 +58,17 @@ def train(
         warnings.showwarning = _say_warning
         try:
             job = plan_fold(wanted)
+            names = job.cohort.rules.names
             team.wait()
             typer.echo(f"{job.arm.name}, fold {fold}, seed {seed}: {len(job.part.train)} training cases, {len(job.part.evaluate)} to score")
             with trackers(log or [], out, f"{job.arm.name}-fold{fold}-seed{seed}") as tracking, live(sys.stdout) as (show, tick):
                 curves = out / "curves.png"
-                sinks = [show, *tracking, curves_sink(curves, out / "log.jsonl")]
+                sinks = [show, *tracking, curves_sink(curves, out / "log.jsonl", names)]
                 done = train_fold(job, sinks, tick=tick, say=typer.echo, team=team, saving=Saving(out / "checkpoints", save_every))
         except KeyboardInterrupt:
             typer.echo("\ninterrupted; run the same command again to go on from the last checkpoint", err=True)
             raise typer.Exit(INTERRUPTED) from None
-    not_drawn = draw_curves(read_log(out / "log.jsonl"), curves)
+    not_drawn = draw_curves(read_log(out / "log.jsonl"), curves, names)
     _print_done(done, out, curves, not_drawn)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ichbench.compute import must_repeat
 from ichbench.network.conv import convolve
 from ichbench.network.norm import NORMS
 
@@ -18,7 +19,7 @@ Axes = Sequence[int]
 
 CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 UP_CONV: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-MEAN_POOL: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+MEAN_POOL: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 
 #: the slope with which a norm and its activation are a norm alone
 NO_ACTIVATION = 1.0
@@ -47,6 +48,25 @@ class ConvBlock(nn.Module):
         return self.norm(convolve(self.conv, x))  # type: ignore[no-any-return]
 
 
+class MeanPool(nn.Module):
+    """The mean over the stride's boxes."""
+
+    def __init__(self, stride: Axes) -> None:
+        super().__init__()
+        self.stride = tuple(stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # torch has no gradient of its 3D pooling that repeats itself on a GPU
+        return box_mean(x, self.stride) if must_repeat(x.device) else MEAN_POOL[len(self.stride)](x, self.stride, self.stride)
+
+
+def box_mean(x: Tensor, stride: Axes) -> Tensor:
+    """(b, c, *spatial), lengths being multiples of the stride -> the mean over each box of the stride's size."""
+    for axis, step in enumerate(stride, start=2):
+        x = x.reshape(*x.shape[:axis], -1, step, *x.shape[axis + 1 :]).mean(axis + 1)
+    return x
+
+
 class ResidualBlock(nn.Module):
     """conv block - conv - norm, plus the input, then leaky ReLU.
 
@@ -61,7 +81,7 @@ class ResidualBlock(nn.Module):
         one = (1,) * dims
         self.conv1 = ConvBlock(dims, channels_in, channels_out, kernel, stride, leaky_slope, norm)
         self.conv2 = ConvBlock(dims, channels_out, channels_out, kernel, one, NO_ACTIVATION, norm)
-        self.shrink = MEAN_POOL[dims](tuple(stride), tuple(stride)) if max(stride) > 1 else nn.Identity()
+        self.shrink = MeanPool(stride) if max(stride) > 1 else nn.Identity()
         projects = channels_in != channels_out
         self.project = ConvBlock(dims, channels_in, channels_out, one, one, NO_ACTIVATION, norm, bias=False) if projects else nn.Identity()
         self.leaky_slope = leaky_slope

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ichbench.cases.labels import LabelRules, Target, members
+from ichbench.compute import must_repeat
 
 SMOOTH = 1e-5
 #: torch's value for "no label is ignored"
@@ -98,8 +99,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
     if not how.rules.has_regions:
         skipped = NOTHING if ignore is None else ignore
         if how.pooled is None:
-            return F.cross_entropy(_wide(logits), labels, weights, ignore_index=skipped)
-        total = F.cross_entropy(_wide(logits), labels, weights, ignore_index=skipped, reduction="sum")
+            return label_cross_entropy(_wide(logits), labels, weights, skipped)
+        total = label_cross_entropy(_wide(logits), labels, weights, skipped, "sum")
         kept = labels[labels != skipped]
         return _ratio(total, weights[kept].sum() if weights is not None else kept.new_tensor(kept.numel(), dtype=total.dtype), how)
     truth = torch.stack([is_of(labels, target) for target in how.rules.targets], dim=1).to(_wide(logits).dtype)
@@ -111,6 +112,26 @@ def cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
     valid = (labels != ignore)[:, None]
     heads = 1 if how.nnunet else each.shape[1]
     return _ratio((each * valid).sum(), valid.sum().to(each.dtype) * heads, how)
+
+
+def label_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, skipped: int, reduction: str = "mean") -> Tensor:
+    """torch's cross-entropy of labels, in operations that repeat themselves bit for bit where that is asked for."""
+    if not must_repeat(logits.device):
+        return F.cross_entropy(logits, labels, weights, ignore_index=skipped, reduction=reduction)
+    return repeatable_cross_entropy(logits, labels, weights, skipped, reduction)
+
+
+def repeatable_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None, skipped: int, reduction: str) -> Tensor:
+    """The same numbers by comparison and sums alone; torch reads the label's logit by its index, and has no such gradient on a GPU."""
+    log_p, each, weight = F.log_softmax(logits, 1), logits.new_zeros(labels.shape), logits.new_zeros(labels.shape)
+    for head in range(logits.shape[1]):
+        here = labels == head if head != skipped else torch.zeros_like(labels, dtype=torch.bool)
+        factor = logits.new_ones(()) if weights is None else weights[head]
+        each = each - torch.where(here, log_p[:, head] * factor, 0.0)
+        weight = weight + here * factor
+    if reduction == "none":
+        return each
+    return each.sum() if reduction == "sum" else each.sum() / weight.sum()
 
 
 def _mean(values: Tensor, how: Supervision) -> Tensor:
@@ -132,7 +153,7 @@ def top_cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tenso
     """
     weights = _weights(logits, how)
     ignore = NOTHING if how.rules.ignore is None else how.rules.ignore
-    each = F.cross_entropy(_wide(logits), labels, weights, ignore_index=ignore, reduction="none").flatten()
+    each = label_cross_entropy(_wide(logits), labels, weights, ignore, "none").flatten()
     return _mean(each.topk(max(1, each.numel() // 10), sorted=False).values, how)
 
 

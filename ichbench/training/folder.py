@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from ichbench.augmentation.patches import TrainingCase, TrainingWarning
 from ichbench.cases.files import seal, unseal, write_atomically
+from ichbench.compute import Compute
 from ichbench.errors import InputError
 from ichbench.network.weights import weights_digest
 from ichbench.recipe import NetworkRecipe, TrainingRecipe, flat
@@ -115,15 +116,15 @@ def identity_of(
     return json.loads(json.dumps(table | {"pretrained": pretrained}))  # type: ignore[no-any-return]
 
 
-def environment_of(device: str, threads: int) -> dict[str, Any]:
+def environment_of(compute: Compute) -> dict[str, Any]:
     """What may move the last bits of a result, and is said when it changes."""
     try:
         own = version("ichbench")
     except PackageNotFoundError:  # pragma: no cover - run from a source tree
         own = ""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
-    table = {"ichbench": own, "torch": torch.__version__, "numpy": np.__version__, "threads": threads}
-    return table | {"device": device.split(":")[0], "processor": f"{platform.machine()}, {name}"}
+    name = torch.cuda.get_device_name(compute.device) if compute.kind == "cuda" else torch.backends.cpu.get_cpu_capability()
+    table = {"ichbench": own, "torch": torch.__version__, "numpy": np.__version__}
+    return table | compute.environment() | {"processor": f"{platform.machine()}, {name}"}
 
 
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -160,8 +160,11 @@ def _lines(out: TextIO) -> Sink:
     return show
 
 
-def draw_curves(lines: list[dict[str, Any]], path: Path) -> str | None:
-    """Draw losses, pseudo-Dice and learning rate over epochs into `path` (*.png); returns why not, where that cannot be done."""
+def draw_curves(lines: list[dict[str, Any]], path: Path, names: Sequence[str] = ()) -> str | None:
+    """Draw losses, pseudo-Dice (of labels or regions that have these names) and learning rate over epochs into `path` (*.png).
+
+    Returns why not, where that cannot be done.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -176,7 +179,8 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> str | None:
     losses.set_ylabel("loss")
     losses.legend()
     for index in range(max((len(line["pseudo_dice"]) for line in lines), default=0)):
-        dice.plot(epochs, _numbers(line["pseudo_dice"][index] for line in lines), lw=0.8, label=f"output {index + 1}")
+        name = names[index] if index < len(names) else f"label {index + 1}"
+        dice.plot(epochs, _numbers(line["pseudo_dice"][index] for line in lines), lw=0.8, label=name)
     dice.plot(epochs, _numbers(line["moving_average"] for line in lines), color="black", label="moving average of the mean")
     dice.set_ylabel("pseudo-Dice of patches")
     dice.set_ylim(0, 1)
@@ -191,13 +195,13 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> str | None:
     return None
 
 
-def curves_sink(path: Path, log: Path) -> Sink:
+def curves_sink(path: Path, log: Path, names: Sequence[str] = ()) -> Sink:
     """Draws the curves of a log now and then. Says nothing where matplotlib is missing."""
     drawn = [time.monotonic()]
 
     def show(line: dict[str, Any]) -> None:
         if time.monotonic() - drawn[0] >= REDRAW_S:
-            draw_curves(read_log(log), path)
+            draw_curves(read_log(log), path, names)
             drawn[0] = time.monotonic()
 
     return show

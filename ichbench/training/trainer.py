@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ichbench.augmentation.batches import Sampling, ahead, make_batch, training_sampling
 from ichbench.augmentation.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, choose_cases
 from ichbench.cases.labels import LabelRules, plain_rules
+from ichbench.compute import ONE_CORE, Compute, computing
 from ichbench.errors import CaseError, InputError
 from ichbench.network.losses import LOSSES, Loss, Supervision, supervised
 from ichbench.network.norm import averages_kept
@@ -44,7 +45,7 @@ from ichbench.training.folder import (
     warn_of_changes,
     write_mark,
 )
-from ichbench.training.keeper import Keeper, signals, torch_threads
+from ichbench.training.keeper import Keeper, signals
 from ichbench.training.logs import LogFile, Sink, Tick, epoch_line, open_log
 from ichbench.training.optimizers import OPTIMIZERS, optimizer_tensors, restore_optimizer
 from ichbench.training.parallel import ALONE, Team
@@ -75,8 +76,7 @@ def train(
     training: TrainingRecipe,
     seed: int,
     out: Path,
-    device: str = "cpu",
-    threads: int = 1,
+    compute: Compute = ONE_CORE,
     progress: Sink | None = None,
     *,
     rules: LabelRules | None = None,
@@ -93,7 +93,8 @@ def train(
 
     `log.jsonl` has one line per epoch (`logs.epoch_line`): epoch, epochs, train_loss, val_loss, pseudo_dice (one per label or
     region), moving_average, learning_rate, and what was measured (`logs.MEASURED`); `progress` receives the same. A value that
-    does not exist (no validation, no foreground seen) is null. The same seed, threads and machine give the same weights.
+    does not exist (no validation, no foreground seen) is null. The same seed and `compute` on the
+    same machine give the same weights (on a GPU if it is deterministic).
     `rules` say what the outputs stand for; by default one label each, background first. Every process of a `team` calls this with
     the same arguments; the one that leads writes, all return the same.
     With no validation cases, or validation_iterations = 0, nothing is validated and `best` is `final`.
@@ -119,9 +120,9 @@ def train(
     started = None if pretrained is None else weights_digest(pretrained)
     identity = identity_of(plan, network, training, seed, cases, validation_cases, digests, started) | {"labels": rules.to_json()}
     checkpoints = out / "checkpoints" if saving.folder is None else saving.folder
-    with torch_threads(threads):
+    with computing(compute):
         # what cannot be built is known before anything is touched
-        run = _Run(cases, validation_cases, plan, network, training, seed, torch.device(device), supervision, team)
+        run = _Run(cases, validation_cases, plan, network, training, seed, torch.device(compute.device), supervision, team)
         if pretrained is not None:
             start_from(run.network, pretrained)
         if not team.leads:
@@ -131,7 +132,7 @@ def train(
                 say(f"{out} holds this training, finished; it is not trained again")
                 team.told(("finished", result := read_finished(out, opened.result)))
                 return result
-            now, grown = environment_of(device, threads), False
+            now, grown = environment_of(compute), False
             if (found := disk.load_checkpoint(checkpoints)) is not None:
                 # an extended training's checkpoint still names its old length
                 grown = found.state["identity"].get(EPOCHS) in opened.earlier
