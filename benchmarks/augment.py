@@ -13,29 +13,25 @@ cutting, turning, changing, and putting together the batch. The second table hol
 
 from __future__ import annotations
 
-import argparse
-import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import arguments, processor, versions, write
+from peer import name_folders
 
 PATCH, BATCH = (16, 320, 320), 2
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--batches", type=int, default=200, help="batches of each")
-    arguments.add_argument("--cases", type=int, default=4)
-    arguments.add_argument("--seed", type=int, default=2026)
-    arguments.add_argument("--out", type=Path, help="write the tables here as well")
-    given = arguments.parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--batches", type=int, default=200, help="batches of each")
+    parser.add_argument("--cases", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=2026)
+    given = parser.parse_args()
     torch.set_num_threads(1)
     cases = phantoms(given.cases, given.seed)
     torch.manual_seed(given.seed)
@@ -48,8 +44,7 @@ def main() -> None:
     seconds = measured(peers, given.batches)
     text = [
         f"Batches of {BATCH} x {' x '.join(map(str, PATCH))}, one channel, one core; {given.batches} batches of each, in turns.",
-        f"{processor()}; torch {torch.__version__}, numpy {np.__version__}, nnunetv2 {version('nnunetv2')}, "
-        f"batchgeneratorsv2 {version('batchgeneratorsv2')}.",
+        f"{processor()}, {platform.system()}; {versions('torch', 'numpy', 'nnunetv2', 'batchgeneratorsv2')}.",
         "",
         "| | CPU ms a patch | patches a core-second | times nnU-Net |",
         "|---|---:|---:|---:|",
@@ -59,8 +54,7 @@ def main() -> None:
         text.append(f"| {name} | {each * 1e3:.1f} | {1 / each:.1f} | {seconds['nnU-Net'] / spent:.1f} |")
     text += ["", "One transform at a time, drawn always (ours), CPU ms a patch beyond the cut:", "", *alone(cases, given.seed)]
     print("\n".join(text))
-    if given.out:
-        given.out.write_text("\n".join(["# Augmentation", "", *text, ""]), encoding="utf-8")
+    write(given.out, "Augmentation", "\n".join(text))
 
 
 def phantoms(number: int, seed: int) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
@@ -77,12 +71,10 @@ def phantoms(number: int, seed: int) -> list[tuple[np.ndarray[Any, Any], np.ndar
 
 def theirs(cases: list[tuple[Any, Any]]) -> Callable[[int], Any]:
     """nnU-Net's loader over arrays in memory (its files, which would have to be unpacked, are spared it)."""
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in ("raw", "preprocessed", "results"):
-            os.environ.setdefault(f"nnUNet_{name}", scratch)
-        from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
-        from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    name_folders()
+    from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+    from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     class Cases:
         identifiers = tuple(str(index) for index in range(len(cases)))
@@ -104,9 +96,9 @@ def theirs(cases: list[tuple[Any, Any]]) -> Callable[[int], Any]:
 
 
 def ours(cases: list[tuple[Any, Any]], seed: int, clamped: bool, **fields: Any) -> Callable[[int], Any]:
+    from ichbench.augmentation.batches import Sampling, make_batch
+    from ichbench.augmentation.patches import TRAIN_STREAM, TrainingCase
     from ichbench.recipe import AugmentRecipe
-    from ichbench.training.batches import Sampling, make_batch
-    from ichbench.training.patches import TRAIN_STREAM, TrainingCase
 
     made = [TrainingCase(str(i), image, labels, {1: np.argwhere(labels == 1)}) for i, (image, labels) in enumerate(cases)]
     sampling = Sampling(PATCH, BATCH, 0.33, seed, AugmentRecipe(**fields), clamped=clamped)
@@ -138,11 +130,6 @@ def alone(cases: list[tuple[Any, Any]], seed: int) -> list[str]:
     bare = each.pop("the cut alone")
     rows = [f"| the cut alone | {bare:.1f} |", *(f"| {name.replace('_', ' ')} | {value - bare:.1f} |" for name, value in each.items())]
     return ["| | CPU ms |", "|---|---:|", *rows]
-
-
-def processor() -> str:
-    found = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{found[0] if found else platform.processor()}, {platform.system()}"
 
 
 if __name__ == "__main__":

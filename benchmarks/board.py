@@ -11,14 +11,12 @@ challengeR (R, one metric at a time, GPL) is not installable here, so it is not 
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import resource
 import time
-from pathlib import Path
 
 import numpy as np
+from common import arguments, processor, versions, write
 from numpy.typing import NDArray
 
 from ichbench.board.cube import Cube, Prepared, prepare
@@ -34,12 +32,10 @@ REPEATS = 3
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--seed", type=int, default=2022)
-    arguments.add_argument("--skip-peers", action="store_true", help="time ichbench alone")
-    arguments.add_argument("--tests", action="store_true", help="also time test-then-rank (50 arms x 200 cases: about half a minute)")
-    arguments.add_argument("--out", type=Path, help="write the table here as well")
-    given = arguments.parse_args()
+    parser = arguments(__doc__, "table", peers=True)
+    parser.add_argument("--seed", type=int, default=2022)
+    parser.add_argument("--tests", action="store_true", help="also time test-then-rank (50 arms x 200 cases: about half a minute)")
+    given = parser.parse_args()
     header = ("arms x cases x metrics", "resamples", "scheme", "ichbench s", "of CPU", "pandas loop s", "of CPU", "times in CPU")
     lines = ["| " + " | ".join(header) + " |", "|---|---:|---|---:|---:|---:|---:|---:|"]
     differing = 0
@@ -74,12 +70,10 @@ def main() -> None:
     lines.append(f"Peak memory of the whole run {peak:.0f} MB. challengeR (R) is not installable here.")
     cores = len(os.sched_getaffinity(0))
     busy = f"load average at the end {os.getloadavg()[0]:.1f}"
-    lines.append(f"{processor()}, {cores} cores, {busy}, Python {platform.python_version()}, NumPy {np.__version__}; best of {REPEATS}.")
+    lines.append(f"{processor()}, {cores} cores, {busy}, {versions('Python', 'NumPy')}; best of {REPEATS}.")
     text = "\n".join(lines)
     print(text)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"# Boards: resampling a whole ranking\n\n{text}\n", encoding="utf-8")
+    write(given.out, "Boards: resampling a whole ranking", text)
 
 
 def drawn(n_arms: int, n_cases: int, seed: int) -> NDArray[np.float64]:
@@ -134,13 +128,6 @@ def pandas_loop(
                 total = total + sample.rank(axis=1, method="min", ascending=up).mean()
         found.append(total.round(9).rank(method="min").to_numpy())
     return now() - started, np.array(found)
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ Dataset004_Hippocampus, the effect of summing logits in half precision is measur
 
 from __future__ import annotations
 
-import argparse
-import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,25 +15,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import SHARED, arguments, own_threads
 
+from ichbench.augmentation.draw import draw_augmentation, enlarged_zyx
+from ichbench.augmentation.patches import corner_range, patch_zyx, sample_generator
+from ichbench.augmentation.spatial import reading
 from ichbench.cases.cohort import Cohort, read_cohort
 from ichbench.cases.images import read_grid
 from ichbench.cases.splits import five_folds
 from ichbench.recipe import AugmentRecipe
-from ichbench.training.draw import draw_augmentation, enlarged_zyx
-from ichbench.training.patches import corner_range, patch_zyx, sample_generator
-from ichbench.training.spatial import reading
 
-SHARED = Path(os.environ.get("ICHBENCH_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 #: patches that nnU-Net plans for these data sets (3d_fullres)
 PATCHES = {"Dataset004_Hippocampus": (40, 56, 40), "Dataset501_PHE": (28, 256, 256)}
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--model", type=Path, help="a result folder of nnU-Net for Dataset004_Hippocampus")
-    given = arguments.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parser = arguments(__doc__, out=None)
+    parser.add_argument("--model", type=Path, help="a result folder of nnU-Net for Dataset004_Hippocampus")
+    given = parser.parse_args()
+    torch.set_num_threads(own_threads())
     for name, patch in PATCHES.items():
         cohort = read_cohort(SHARED / name)
         print(clamping(cohort, patch))

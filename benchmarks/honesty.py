@@ -18,21 +18,18 @@ real head CTs of 62 patients (`shared/data/rankings`, left out with a word where
 
 from __future__ import annotations
 
-import argparse
 import csv
 import itertools
 import json
 import math
-import os
-import platform
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from common import SHARED, arguments, versions, write
 from numpy.typing import NDArray
 
 from ichbench.board.effects import Estimate, verdict_of
@@ -41,7 +38,6 @@ from ichbench.board.signflip import ALPHA, POWER, detectable, holm, sign_flip_p
 from ichbench.board.summary import generator_for
 
 HERE = Path(__file__).resolve().parent
-SHARED = Path(os.environ.get("ICHBENCH_SHARED_DATA", HERE.parents[1] / "shared" / "data"))
 SIZES = (13, 30, 70)
 #: Where one case makes more than this share of the variance no method covers: most studies never see it.
 LONE_CASE = 0.5
@@ -63,11 +59,10 @@ class Population:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--studies", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=2022)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write the tables here as well")
     given = parser.parse_args()
     began = time.time()
     found = populations()
@@ -83,16 +78,14 @@ def main() -> None:
             print("\n".join(more), flush=True)
     lines["coverage"].append(totals(lines["coverage"]))
     text = (
-        "# Honesty of intervals and verdicts\n\n"
         f"`python benchmarks/honesty.py --studies {given.studies} --seed {given.seed}`: {given.studies} studies a cell, "
-        f"{DEFAULT_RESAMPLES} resamples, numpy {version('numpy')}, Python {platform.python_version()}. The standard error of a share is "
+        f"{DEFAULT_RESAMPLES} resamples, {versions('numpy', 'Python')}. The standard error of a share is "
         f"{100 * math.sqrt(0.05 * 0.95 / given.studies):.1f} % near 5 or 95 %.\n"
     )
     for part, heading in headings(given.studies).items():
         text += f"\n{heading}\n" + "\n".join(lines[part]) + "\n"
     print(f"\n{text}\n{time.time() - began:.0f} s")
-    if given.out is not None:
-        given.out.write_text(text, encoding="utf-8")
+    write(given.out, "Honesty of intervals and verdicts", text.removesuffix("\n"))
 
 
 def headings(studies: int) -> dict[str, str]:

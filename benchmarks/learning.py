@@ -23,7 +23,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -35,8 +34,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import SHARED, arguments, processor, versions, write
 from filelock import FileLock, Timeout
-from predict import peer_version, processor
+from peer import peer_version
 from scipy.stats import t as student
 
 from ichbench.cases.cohort import Cohort, read_cohort
@@ -50,7 +50,6 @@ from ichbench.prepare.plans_json import plans_table, plans_text
 from ichbench.recipe import PlanRecipe
 from ichbench.scoring.score import rows_for_case
 
-SHARED = Path(os.environ.get("ICHBENCH_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 NAME, ID = "Dataset004_Hippocampus", 4
 SPLIT_SEED, VALIDATION_CASES = 2024, 10
 STEPS, EPOCH, TRIAL = 1250, 250, 30
@@ -72,15 +71,14 @@ class Length:
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--work", type=Path, required=True, help="an own folder outside the project; runs go on there")
-    arguments.add_argument("--seeds", type=int, default=5)
-    arguments.add_argument("--steps", type=int, default=STEPS, help="whole epochs of 250 steps, or fewer than 250")
-    arguments.add_argument("--compatibility", choices=("ichbench", "nnunet"), default="ichbench", help="of our side")
-    arguments.add_argument("--one", nargs=2, metavar=("TOOL", "SEED"), help="(inside) one run of one tool")
-    arguments.add_argument("--estimate", action="store_true", help="print what is left to do and how long it will take")
-    arguments.add_argument("--out", type=Path, help="write the table here as well")
-    given = arguments.parse_args()
+    parser = arguments(__doc__, "table")
+    parser.add_argument("--work", type=Path, required=True, help="an own folder outside the project; runs go on there")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=STEPS, help="whole epochs of 250 steps, or fewer than 250")
+    parser.add_argument("--compatibility", choices=("ichbench", "nnunet"), default="ichbench", help="of our side")
+    parser.add_argument("--one", nargs=2, metavar=("TOOL", "SEED"), help="(inside) one run of one tool")
+    parser.add_argument("--estimate", action="store_true", help="print what is left to do and how long it will take")
+    given = parser.parse_args()
     if given.steps < 1 or (given.steps > EPOCH and given.steps % EPOCH):
         sys.exit(f"--steps {given.steps}: give a multiple of {EPOCH}, or fewer")
     length = Length(max(1, given.steps // EPOCH), min(given.steps, EPOCH), min(50, max(1, given.steps // 5)))
@@ -108,9 +106,7 @@ def main() -> int:
     lines, failed = table(given, length)
     text = "\n".join(lines)
     print(text)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"# Hippocampus: ours and nnU-Net, trained alike\n\n{text}\n", encoding="utf-8")
+    write(given.out, "Hippocampus: ours and nnU-Net, trained alike", text)
     return int(failed)
 
 
@@ -173,7 +169,7 @@ def run_one(given: argparse.Namespace, tool: str, seed: int, length: Length, coh
         "seconds": round(seconds, 1),
         "training_seconds": round(training, 1),
         "torch": torch.__version__,
-        "device": processor("cpu"),
+        "device": processor(),
     }
     write_atomically(record(given, tool, seed, length), json.dumps(about, indent=1).encode())
 
@@ -328,7 +324,7 @@ def table(given: argparse.Namespace, length: Length) -> tuple[list[str], bool]:
         lines.append(f"Ours less nnU-Net's: {difference:+.4f}, {interval}: {verdict} (by more than {-MARGIN}).")
     else:
         lines.append(f"Ours less nnU-Net's: {difference:+.4f}; one seed gives no interval.")
-    lines += ["", f"{processor('cpu')}, one thread a run, torch {torch.__version__}, Python {platform.python_version()}."]
+    lines += ["", f"{processor()}, one thread a run, {versions('torch', 'Python')}."]
     return lines, failed
 
 

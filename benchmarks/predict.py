@@ -15,8 +15,6 @@ image and the logits take. A network of 32 features adds gigabytes of activation
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -29,8 +27,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import arguments, numbers, own_threads, processor, versions, write
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from peer import name_folders, peer_version, their_network
+from torch import nn
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.labels import plain_rules
@@ -47,38 +47,32 @@ WINOGRAD, DIRECT = "ichbench, fp32, Winograd (default)", "ichbench, fp32, direct
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--features", default="32", help="of the highest level, one table each, such as 8,32; nnU-Net plans 32")
-    arguments.add_argument("--patch", default="16,128,128")
-    arguments.add_argument("--spacing", default="5,0.9,0.9", help="working spacing, mm")
-    arguments.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True)
-    arguments.add_argument("--steps", type=int, default=40, help="of training before the comparison")
-    arguments.add_argument("--repeats", type=int, default=2)
-    arguments.add_argument("--nets", action="store_true", help="time the networks alone instead, on one patch")
-    arguments.add_argument("--device", default="cpu")
-    arguments.add_argument("--skip-peers", action="store_true", help="time ichbench alone")
-    arguments.add_argument("--memory", action="store_true", help="only the large CT")
-    arguments.add_argument("--out", type=Path, help="write the table here as well")
-    given = arguments.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parser = arguments(__doc__, "table", peers=True)
+    parser.add_argument("--features", default="32", help="of the highest level, one table each, such as 8,32; nnU-Net plans 32")
+    parser.add_argument("--patch", default="16,128,128")
+    parser.add_argument("--spacing", default="5,0.9,0.9", help="working spacing, mm")
+    parser.add_argument("--mirror", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--steps", type=int, default=40, help="of training before the comparison")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--nets", action="store_true", help="time the networks alone instead, on one patch")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", action="store_true", help="only the large CT")
+    given = parser.parse_args()
+    torch.set_num_threads(own_threads())
     work = alone if given.nets else compared
-    parts = [memory(given.device)] if given.memory else [work(given, int(features)) for features in given.features.split(",")]
+    parts = [memory(given.device)] if given.memory else [work(given, features) for features in numbers(given.features)]
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     if given.out:
         # a process of its own, because the largest resident set is that of a whole life
         command = [sys.executable, __file__, "--memory", "--device", given.device]
         text += "\n\n" + subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"# Prediction of one head CT, from HU to mask\n\n{text}\n", encoding="utf-8")
+        write(given.out, "Prediction of one head CT, from HU to mask", text)
 
 
 def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
     case = head_ct()
-    patch = tuple(int(n) for n in given.patch.split(","))
-    spacing = tuple(float(n) for n in given.spacing.split(","))
-    plan_recipe = PlanRecipe(patch_size=patch, spacing_mm=spacing, base_features=features)
-    plan = make_plan(fingerprint(iter([case])), plan_recipe, ("CT",), 2, 1)
+    plan = planned(given, features, case)
     prepare = PrepareRecipe(compatibility="nnunet")
     network = make_unet(plan, NetworkRecipe())
     train(network, case, plan, prepare, given.steps)
@@ -117,31 +111,33 @@ def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
     )
     if given.device == "cpu" and not has_bf16():
         yield "This CPU does not compute in bf16: it has no row."
-    yield f"{processor(given.device)}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}."
+    yield f"{processor(given.device)}, {torch.get_num_threads()} thread(s), {versions('torch', 'Python')}."
 
 
 def alone(given: argparse.Namespace, features: int) -> Iterator[str]:
     """The networks on one patch, without tiles, mirrorings and what comes before and after."""
     from ichbench.network.fast import fast_network
 
-    recipe = PlanRecipe(
-        patch_size=tuple(int(n) for n in given.patch.split(",")),
-        spacing_mm=tuple(float(n) for n in given.spacing.split(",")),
-        base_features=features,
-    )
-    plan = make_plan(fingerprint(iter([head_ct()])), recipe, ("CT",), 2, 1)
+    plan = planned(given, features, head_ct())
     network = make_unet(plan, NetworkRecipe()).eval()
     x = torch.randn(1, plan.in_channels, *plan.patch_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         sides = {WINOGRAD: fast_network(network), DIRECT: network}
         if not given.skip_peers:
-            sides[f"nnU-Net {peer_version()}"] = their_network(plan, network)
+            sides[f"nnU-Net {peer_version()}"] = checked_network(plan, network)
         best, answers = timed({name: lambda side=side: side(x).numpy() for name, side in sides.items()}, given.repeats)  # type: ignore[misc]
     base, spread = best[list(best)[-1]], float(answers[DIRECT].std())
     yield "| network on one patch | seconds | nnU-Net / side | largest difference to our direct logits, over their spread |"
     yield "|---|---|---|---|"
     for name, seconds in best.items():
         yield f"| {name} | {seconds:.2f} | {base / seconds:.2f} | {float(np.abs(answers[name] - answers[DIRECT]).max()) / spread:.1e} |"
+
+
+def planned(given: argparse.Namespace, features: int, case: Case) -> Plan:
+    """nnU-Net's plan for the case with the patch and the spacing that were asked for."""
+    spacing = tuple(float(n) for n in given.spacing.split(","))
+    recipe = PlanRecipe(patch_size=numbers(given.patch), spacing_mm=spacing, base_features=features)
+    return make_plan(fingerprint(iter([case])), recipe, ("CT",), 2, 1)
 
 
 def head_ct() -> Case:
@@ -198,27 +194,19 @@ def ours(case: Case, recipe: InferenceRecipe, prepare: PrepareRecipe, plan: Plan
 def theirs(case: Case, plan: Plan, network: UNet, mirror: bool, device: str) -> Callable[[], Any]:
     """nnU-Net's predictor with nnU-Net's network and our weights."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "parity_nnunet"))
-    for name in ("raw", "preprocessed", "results"):
-        os.environ.setdefault(f"nnUNet_{name}", tempfile.gettempdir())
+    name_folders()
     from nn_predictor import make_predictor
 
-    peer = their_network(plan, network)
+    peer = checked_network(plan, network)
     predictor = make_predictor(peer, [peer.state_dict()], plan, LABELS, mirror=(0, 1, 2) if mirror else None)
     predictor.device = torch.device(device)
     properties = {"spacing": list(case.grid.spacing_zyx_mm)}
     return lambda: predictor.predict_single_npy_array(case.image_czyx, dict(properties), None, None, False)
 
 
-def their_network(plan: Plan, network: UNet) -> nn.Module:
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
-
-    stages = len(plan.features)
-    peer = PlainConvUNet(
-        plan.in_channels, stages, list(plan.features), nn.Conv3d, [list(one) for one in plan.kernels], [list(one) for one in plan.strides],
-        [2] * stages, plan.n_classes, [2] * (stages - 1), True, nn.InstanceNorm3d, {"eps": 1e-5, "affine": True}, None, None,
-        nn.LeakyReLU, {"inplace": True}, False,
-    )  # fmt: skip
-    peer.load_state_dict(their_names(network, stages), strict=False)
+def checked_network(plan: Plan, network: UNet) -> nn.Module:
+    """nnU-Net's network with our weights, which must answer as ours."""
+    peer = their_network(plan, network, deep_supervision=False)
     x = torch.randn(2, plan.in_channels, *plan.patch_size, generator=torch.Generator().manual_seed(0))
     device = next(network.parameters()).device
     with torch.inference_mode():
@@ -226,23 +214,7 @@ def their_network(plan: Plan, network: UNet) -> nn.Module:
         network.to(device)
     if worst > 1e-3:
         raise SystemExit(f"the two networks differ by {worst}: the weights were not carried over")
-    return peer  # type: ignore[no-any-return]
-
-
-def their_names(network: UNet, stages: int) -> dict[str, Tensor]:
-    """Our weights under nnU-Net's names (facts section 7); aliases share storage, so one name each is enough."""
-    named: dict[str, Tensor] = {}
-    for key, value in network.state_dict().items():
-        room, index, *rest = key.split(".")
-        place = index if room == "encoder" else str(stages - 2 - int(index))
-        leaf = rest[-1]
-        if room == "encoder":
-            named[f"encoder.stages.{place}.0.convs.{rest[0]}.{rest[1]}.{leaf}"] = value
-        elif room == "decoder":
-            named[f"decoder.stages.{place}.convs.{rest[0]}.{rest[1]}.{leaf}"] = value
-        else:
-            named[f"decoder.{'transpconvs' if room == 'up' else 'seg_layers'}.{place}.{leaf}"] = value
-    return named
+    return peer
 
 
 def timed(sides: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, NDArray[np.integer]]]:
@@ -308,19 +280,6 @@ def dice(a: NDArray[np.integer], b: NDArray[np.integer] | None) -> float:
 def has_bf16() -> bool:
     """Whether oneDNN computes bf16 on this CPU (AVX-512 BF16, AMX and the like), not merely stores it."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def peer_version() -> str:
-    from importlib.metadata import version
-
-    return version("nnunetv2")
-
-
-def processor(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

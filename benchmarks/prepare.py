@@ -15,23 +15,21 @@ The cohort has one plan (no flag is set), and the fingerprint repeats nnU-Net's 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
 import os
 import pickle
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import arguments, processor, versions, write
 
 SHAPE_ZYX = (28, 512, 512)
 DATASET = "Dataset917_Phantom"
@@ -40,15 +38,14 @@ REPEATS = 2
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--cases", type=int, default=10)
-    arguments.add_argument("--seed", type=int, default=2026)
-    arguments.add_argument("--cohort", type=Path, help="keep the phantoms here, or take them from here where they are")
-    arguments.add_argument("--out", type=Path, help="write the tables here as well")
-    arguments.add_argument(
+    parser = arguments(__doc__)
+    parser.add_argument("--cases", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--cohort", type=Path, help="keep the phantoms here, or take them from here where they are")
+    parser.add_argument(
         "--prepare", nargs=2, type=Path, metavar=("COHORT", "OUT"), help="only prepare a cohort with ours (used by the second table)"
     )
-    given = arguments.parse_args()
+    given = parser.parse_args()
     if given.prepare:
         prepare_cohort(*given.prepare)
         return
@@ -76,9 +73,7 @@ def main() -> None:
     ]
     text = "\n".join(lines)
     print(text)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"# Preparation: files to prepared arrays on disk\n\n{text}\n", encoding="utf-8")
+    write(given.out, "Preparation: files to prepared arrays on disk", text)
 
 
 def write_cohort(folder: Path, n: int, seed: int) -> None:
@@ -218,16 +213,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def machine() -> str:
-    try:
-        name = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    import scipy
-
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, SciPy {scipy.__version__}, nnunetv2 {version('nnunetv2')}"
     threads = os.environ.get("OMP_NUM_THREADS", "default")
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    return f"{name}, {os.cpu_count()} cores (load at the end {load}), OMP_NUM_THREADS={threads}, {versions}; best of {REPEATS}."
+    said = f"{os.cpu_count()} cores (load at the end {load}), OMP_NUM_THREADS={threads}"
+    return f"{processor()}, {said}, {versions('Python', 'NumPy', 'SciPy', 'nnunetv2')}; best of {REPEATS}."
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ counts, so that a busy moment of the machine hits nobody alone. Every number is 
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import platform
 import tempfile
 import time
 import warnings
@@ -24,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from common import SHARED, arguments, processor, versions, write
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -36,16 +34,13 @@ SPACING_ZYX_MM = (5.0, 0.45, 0.45)
 SHAPE_ZYX = (28, 512, 512)
 METRICS = ("nsd", "hd", "hd95")
 REPEATS = 3
-SHARED = Path(os.environ.get("ICHBENCH_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--pairs", type=int, default=24, help="synthetic pairs")
-    arguments.add_argument("--seed", type=int, default=2022)
-    arguments.add_argument("--skip-peers", action="store_true", help="time ichbench alone")
-    arguments.add_argument("--out", type=Path, help="write the table here as well")
-    given = arguments.parse_args()
+    parser = arguments(__doc__, "table", peers=True)
+    parser.add_argument("--pairs", type=int, default=24, help="synthetic pairs")
+    parser.add_argument("--seed", type=int, default=2022)
+    given = parser.parse_args()
     scorers: dict[str, Scorer] = {"ichbench": ours}
     if not given.skip_peers:
         scorers["surface-distance 0.1"] = deepmind
@@ -65,12 +60,10 @@ def main() -> None:
     if not given.skip_peers:
         lines.append(f"Largest relative difference from surface-distance 0.1, all pairs and metrics: {worst:.1e}.")
     lines.append(f"Reading one pair of .nii.gz masks of {'x'.join(map(str, SHAPE_ZYX))}: {reading_ms(given.seed):.1f} ms.")
-    lines.append(f"{processor()}, one thread, Python {platform.python_version()}, NumPy {np.__version__}; best of {REPEATS} a pair.")
+    lines.append(f"{processor()}, one thread, {versions('Python', 'NumPy')}; best of {REPEATS} a pair.")
     text = "\n".join(lines)
     print(text)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"# Scoring: NSD + HD + HD95 of a pair of masks\n\n{text}\n", encoding="utf-8")
+    write(given.out, "Scoring: NSD + HD + HD95 of a pair of masks", text)
 
 
 def ours(reference: Mask, predicted: Mask, spacing_zyx_mm: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -222,13 +215,6 @@ def reading_ms(seed: int) -> float:
                 read_labels(path)
             best = min(best, time.perf_counter() - start)
     return 1000 * best
-
-
-def processor() -> str:
-    try:
-        return next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _noise(generator: np.random.Generator) -> NDArray[np.float64]:

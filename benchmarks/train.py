@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +26,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from predict import has_bf16, peer_version, processor, their_names
+from common import arguments, numbers, processor, versions, write
+from peer import name_folders, peer_version, their_network
+from predict import has_bf16
 from torch import Tensor, nn
 
 from ichbench.cases.case import Case, Grid
@@ -53,37 +53,32 @@ class Side:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    arguments.add_argument("--features", default="32", help="of the highest level, one table each, such as 32,8; nnU-Net plans 32")
-    arguments.add_argument("--patch", default="16,128,128")
-    arguments.add_argument("--batch", type=int, default=2)
-    arguments.add_argument("--threads", default="1,2", help="one table each")
-    arguments.add_argument("--trajectory", type=int, default=5, help="steps whose losses are compared; they are timed too")
-    arguments.add_argument("--repeats", type=int, default=0, help="steps more, for the times")
-    arguments.add_argument("--device", default="cpu")
-    arguments.add_argument("--workers", type=int, default=4, help="threads that make patches, on a GPU")
-    arguments.add_argument("--skip-peers", action="store_true", help="time ichbench alone")
-    arguments.add_argument("--memory", choices=("fp32", "bf16", "peer"), help="only print the peak memory of one side, GB")
-    arguments.add_argument("--out", type=Path, help="write the tables here as well")
-    given = arguments.parse_args()
+    parser = arguments(__doc__, peers=True)
+    parser.add_argument("--features", default="32", help="of the highest level, one table each, such as 32,8; nnU-Net plans 32")
+    parser.add_argument("--patch", default="16,128,128")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--threads", default="1,2", help="one table each")
+    parser.add_argument("--trajectory", type=int, default=5, help="steps whose losses are compared; they are timed too")
+    parser.add_argument("--repeats", type=int, default=0, help="steps more, for the times")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=4, help="threads that make patches, on a GPU")
+    parser.add_argument("--memory", choices=("fp32", "bf16", "peer"), help="only print the peak memory of one side, GB")
+    given = parser.parse_args()
     if given.memory:
         print(f"{peak_gb(given):.2f}")
         return
-    features = [int(n) for n in given.features.split(",")]
-    threads = [int(n) for n in given.threads.split(",")] if given.device == "cpu" else [torch.get_num_threads()]
-    text = "\n\n".join("\n".join(table(given, width, number)) for width in features for number in threads)
+    threads = numbers(given.threads) if given.device == "cpu" else (torch.get_num_threads(),)
+    text = "\n\n".join("\n".join(table(given, width, number)) for width in numbers(given.features) for number in threads)
     if given.device == "cpu" and not has_bf16():
         text += "\n\nThis CPU does not compute in bf16: it has no row."
-    text += f"\n\n{processor(given.device)}, torch {torch.__version__}, Python {platform.python_version()}."
+    text += f"\n\n{processor(given.device)}, {versions('torch', 'Python')}."
     print(text)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(f"# One training step\n\n{text}\n", encoding="utf-8")
+    write(given.out, "One training step", text)
 
 
 def table(given: argparse.Namespace, features: int, threads: int) -> Iterator[str]:
     torch.set_num_threads(threads)
-    plan = planned(features, tuple(int(n) for n in given.patch.split(",")), given.batch)
+    plan = planned(features, numbers(given.patch), given.batch)
     image, labels = batch(plan, given.device)
     sides = {name: make_side(name, plan, given.device) for name in names(given)}
     losses: dict[str, list[float]] = {name: [] for name in sides}
@@ -153,21 +148,11 @@ def ours(precision: str, plan: Plan, network: UNet, device: str) -> Side:
 
 def theirs(plan: Plan, network: UNet, device: str) -> Side:
     """nnUNetTrainer's methods on what they need of a trainer: no files, no data set."""
-    for name in ("raw", "preprocessed", "results"):
-        os.environ.setdefault(f"nnUNet_{name}", tempfile.gettempdir())
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    name_folders()
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    stages = len(plan.features)
-    peer = PlainConvUNet(
-        plan.in_channels, stages, list(plan.features), nn.Conv3d, [list(one) for one in plan.kernels], [list(one) for one in plan.strides],
-        [2] * stages, plan.n_classes, [2] * (stages - 1), True, nn.InstanceNorm3d, {"eps": 1e-5, "affine": True}, None, None,
-        nn.LeakyReLU, {"inplace": True}, True,
-    )  # fmt: skip
     # in torch's usual memory format, as nnU-Net makes it
-    peer.load_state_dict(
-        {name: value.clone(memory_format=torch.contiguous_format) for name, value in their_names(network, stages).items()}, strict=False
-    )
+    peer = their_network(plan, network, deep_supervision=True)
     trainer = SimpleNamespace(
         device=torch.device(device), network=peer.to(device).train(), is_ddp=False, enable_deep_supervision=True, initial_lr=1e-2,
         weight_decay=3e-5, num_epochs=1000, grad_scaler=torch.amp.GradScaler("cuda") if device != "cpu" else None,
@@ -215,8 +200,8 @@ def batch(plan: Plan, device: str) -> tuple[Tensor, Tensor]:
 
 def peak_gb(given: argparse.Namespace) -> float:
     """Of two steps of one side, beyond what the process held before; on a GPU what torch allocated there."""
-    torch.set_num_threads(int(given.threads.split(",")[0]))
-    plan = planned(int(given.features.split(",")[0]), tuple(int(n) for n in given.patch.split(",")), given.batch)
+    torch.set_num_threads(numbers(given.threads)[0])
+    plan = planned(numbers(given.features)[0], numbers(given.patch), given.batch)
     image, labels = batch(plan, given.device)
     before = resident_gb("VmRSS")
     # Linux: the highest mark starts anew, else the making of the plan would be in it
@@ -269,8 +254,8 @@ def matrix_rate(device: str, size: int = 8192, repeats: int = 20) -> float:
 
 def waits(plan: Plan, device: str, workers: int, step_seconds: float) -> str:
     """How much of a step's time patches cost, made by `workers` threads of the CPU from one full-size CT."""
-    from ichbench.training.batches import Sampling, ahead, make_batch
-    from ichbench.training.patches import TRAIN_STREAM, TrainingCase
+    from ichbench.augmentation.batches import Sampling, ahead, make_batch
+    from ichbench.augmentation.patches import TRAIN_STREAM, TrainingCase
 
     rng = np.random.default_rng(0)
     image = rng.standard_normal((1, 28, 512, 512)).astype(np.float32)

@@ -9,26 +9,20 @@ Arms and presets, which are overlays of TOML on the defaults: arms.py.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ichbench.errors import InputError
+from ichbench.strict import Strict, validated
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Off = Literal["off"]
-
-
-class Strict(BaseModel):
-    """Unknown keys and wrong types are errors; an instance never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Window(Strict):
@@ -386,8 +380,8 @@ def make_recipe(*overlays: dict[str, Any], source: str = "recipe") -> Recipe:
             if condition == dims:
                 parts.append(part)
             elif part:
-                _validated({**part, "plan": {**part.get("plan", {}), "dims": condition}}, f"{source}, {key}")
-    return _validated(_merged(parts), source)
+                validated(Recipe, {**part, "plan": {**part.get("plan", {}), "dims": condition}}, f"{source}, {key}")
+    return validated(Recipe, _merged(parts), source)
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -408,13 +402,6 @@ def _merged(overlays: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _validated(table: dict[str, Any], source: str) -> Recipe:
-    try:
-        return Recipe.model_validate(_lists_to_tuples(table))
-    except ValidationError as error:
-        raise InputError(_explain(error, source)) from None
-
-
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
@@ -423,69 +410,3 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             _merge(merged[key], value) if key in MERGED and isinstance(value, dict) and isinstance(merged.get(key), dict) else value
         )
     return merged
-
-
-def _lists_to_tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _lists_to_tuples(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(_lists_to_tuples(item) for item in value)
-    return value
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    """The first problem in one sentence: where, what came, what is allowed, the nearest known key."""
-    problems = error.errors()
-    # with a union ("off" or a table) pydantic reports every branch; the deepest path is the branch the user meant
-    first = max(problems, key=lambda problem: (len(problem["loc"]), problem["type"] == "extra_forbidden"))
-    where = [str(part) for part in first["loc"]]
-    if not where:
-        return f"{source}: {first['msg'].removeprefix('Value error, ')}"
-    fields = _fields_at(where[:-1])
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where[-1], fields, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"{source}: unknown key {'.'.join(_named(where))!r}; {hint}known keys here: {', '.join(fields) or 'none'}"
-    if first["type"] == "missing":
-        return f"{source}: {'.'.join(_named(where[:-1]))} needs the key {where[-1]!r}, but came as {first.get('input')!r}"
-    came = first.get("input")
-    choices = [problem["msg"] for problem in problems if _named([str(part) for part in problem["loc"]]) == _named(where)]
-    return f"{source}: {'.'.join(_named(where))} = {came!r} is not allowed: {'; or '.join(dict.fromkeys(choices))}"
-
-
-def _named(where: list[str]) -> list[str]:
-    """Drop pydantic's names of union branches from a location, keeping only keys a user wrote."""
-    model: Any = Recipe
-    kept: list[str] = []
-    for part in where:
-        if model is not None and part in model.model_fields:
-            kept.append(part)
-            model = _model_of(model, part)
-        elif part.isdigit():
-            kept.append(part)
-        elif model is not None and part == where[-1] and not _is_branch(part):
-            kept.append(part)
-    return kept
-
-
-def _is_branch(part: str) -> bool:
-    return "[" in part or part in {"Window", "Threshold", "Downsample", "EarlyStopping", "int", "float", "bool", "str"}
-
-
-def _model_of(model: type[BaseModel], key: str) -> Any:
-    """The model inside a field's annotation, if there is one (also inside `"off" | Window`)."""
-    queue = [model.model_fields[key].annotation]
-    while queue:
-        item = queue.pop()
-        if isinstance(item, type) and issubclass(item, BaseModel):
-            return item
-        queue.extend(cast(Any, getattr(item, "__args__", ())))
-    return None
-
-
-def _fields_at(where: list[str]) -> list[str]:
-    model: Any = Recipe
-    for part in where:
-        if model is not None and part in model.model_fields:
-            model = _model_of(model, part)
-    return list(model.model_fields) if model is not None else []

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
+from shapes import box
 
 from ichbench.errors import InputError
 from ichbench.scoring import anomalies
@@ -30,12 +31,6 @@ def kinds(*arguments: object, **named: object) -> list[str]:
 def only(kind: str, *arguments: object, **named: object) -> Anomaly:
     (found,) = [found for found in find_anomalies(*arguments, **named) if found.kind == kind]  # type: ignore[arg-type]
     return found
-
-
-def box(shape: tuple[int, ...], *ranges: tuple[int, int]) -> np.ndarray:
-    mask = np.zeros(shape, dtype=bool)
-    mask[tuple(slice(*r) for r in ranges)] = True
-    return mask
 
 
 def ball(shape: tuple[int, int, int], centre: tuple[float, ...], radii: tuple[float, ...]) -> np.ndarray:

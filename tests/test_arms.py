@@ -164,8 +164,8 @@ def test_the_2d_arm_has_its_own_plan(case: Case) -> None:
 
 
 def test_training_cases_and_deep_supervision_of_superembrace() -> None:
+    from ichbench.augmentation.patches import TrainingCase, choose_cases
     from ichbench.network.losses import level_weights
-    from ichbench.training.patches import TrainingCase, choose_cases
 
     recipe = load_arm("superembrace").recipe
     cases = [TrainingCase(f"c{i:02d}", np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 1, 1), np.int16), {}) for i in range(40)]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from ichbench.augmentation.batches import Sampling, ahead, draw_sample, make_batch, training_sampling
+from ichbench.augmentation.draw import AugmentDraw
+from ichbench.augmentation.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase
 from ichbench.errors import InputError
 from ichbench.recipe import AugmentRecipe, TrainingRecipe
-from ichbench.training.batches import Sampling, ahead, draw_sample, make_batch, training_sampling
-from ichbench.training.draw import AugmentDraw
-from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase
 
 torch.set_num_threads(1)
 NAMES = ("rotation", "scaling", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma", "gamma_inverted")
@@ -241,7 +241,7 @@ def test_the_way_of_other_devices_gives_the_same(patch: tuple[int, ...], monkeyp
     samplings = [Sampling(patch, 2, 0.33, 5, recipe.model_copy(update={"in_plane": flat}), masked_channels=(0,)) for flat in (True, False)]
     expected = [make_batch([masked_case()], sampling, TRAIN_STREAM, step) for sampling in samplings for step in range(6)]
     for module in ("spatial", "straight", "intensity"):
-        monkeypatch.setattr(f"ichbench.training.{module}.on_cpu", lambda tensor: False)
+        monkeypatch.setattr(f"ichbench.augmentation.{module}.on_cpu", lambda tensor: False)
     found = [make_batch([masked_case()], sampling, TRAIN_STREAM, step) for sampling in samplings for step in range(6)]
     for (image, labels), (other, truth) in zip(found, expected, strict=True):
         torch.testing.assert_close(image, other, atol=2e-4, rtol=1e-4)

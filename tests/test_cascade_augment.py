@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ichbench.augmentation.batches import Sampling, make_batch
+from ichbench.augmentation.cascade_augment import MORPHOLOGIES, change_previous, footprint, one_hot, remove_component
+from ichbench.augmentation.draw import MORPHOLOGY, CascadeDraw
+from ichbench.augmentation.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase
 from ichbench.errors import CaseError
 from ichbench.recipe import AugmentRecipe
-from ichbench.training.batches import Sampling, make_batch
-from ichbench.training.cascade_augment import MORPHOLOGIES, change_previous, footprint, one_hot, remove_component
-from ichbench.training.draw import MORPHOLOGY, CascadeDraw
-from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase
 
 torch.set_num_threads(1)
 Mask = NDArray[np.bool_]

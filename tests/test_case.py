@@ -6,21 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.spatial.transform import Rotation
+from shapes import affine_of, rotation
 
 from ichbench.cases.case import Case, Grid
 from ichbench.errors import InputError
-
-
-def rotation(angles: tuple[float, float, float]) -> np.ndarray:
-    return np.asarray(Rotation.from_euler("xyz", angles).as_matrix())
-
-
-def affine_of(columns: np.ndarray, origin: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = columns
-    affine[:3, 3] = origin
-    return affine
 
 
 def test_spacing_and_volume_are_those_of_the_affine() -> None:

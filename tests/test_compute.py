@@ -17,6 +17,8 @@ from test_trainer import QUICK, SOLID, blob_cases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ichbench import compute
+from ichbench.augmentation.batches import make_batch, training_sampling
+from ichbench.augmentation.patches import TrainingCase
 from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.compute import ONE_CORE, Compute, computing, resolve_device
 from ichbench.errors import InputError
@@ -24,8 +26,6 @@ from ichbench.network.blocks import MEAN_POOL, box_mean
 from ichbench.network.losses import LOSSES, Supervision, repeatable_cross_entropy, supervised
 from ichbench.network.unet import make_unet
 from ichbench.recipe import AugmentRecipe, NetworkRecipe, TrainingRecipe
-from ichbench.training.batches import make_batch, training_sampling
-from ichbench.training.patches import TrainingCase
 from ichbench.training.trainer import train
 
 #: operations that torch refuses on a GPU in deterministic mode (its documentation of use_deterministic_algorithms), by their ATen names

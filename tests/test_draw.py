@@ -13,10 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ichbench.augmentation.draw import (
+    AugmentDraw,
+    CascadeDraw,
+    acts_in_plane,
+    draw_augmentation,
+    draw_cascade,
+    enlarged_zyx,
+    rotation_limits,
+)
+from ichbench.augmentation.patches import sample_generator
 from ichbench.errors import InputError
 from ichbench.recipe import AugmentRecipe, make_recipe
-from ichbench.training.draw import AugmentDraw, CascadeDraw, acts_in_plane, draw_augmentation, draw_cascade, enlarged_zyx, rotation_limits
-from ichbench.training.patches import sample_generator
 
 CUBE, SLAB, FLAT = (12, 12, 12), (4, 16, 16), (16, 16)
 COUNT = 8_000

@@ -7,24 +7,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from scipy import ndimage
+from shapes import EDGES_MM, MOVES, SPACINGS, Move, box, check_unmoved, pairs
 
 from ichbench.errors import InputError
 from ichbench.scoring import edges, overlap
 from ichbench.scoring.edges import EdgeRecord, boundary_iou, edge_record
-
-SPACINGS = [(5.0, 0.45, 0.45), (1.0, 1.0, 1.0), (4.97, 0.43, 0.488), (0.5, 3.0, 1.25)]
-SMALL = st.tuples(*[st.integers(1, 5)] * 3)
-EDGES_MM = st.tuples(*[st.sampled_from([0.43, 0.5, 0.71, 1.3, 5.0])] * 3)  # no sum of three of their multiples is a tolerance used here
-
-
-def box(shape: tuple[int, int, int], *ranges: tuple[int, int]) -> np.ndarray:
-    mask = np.zeros(shape, dtype=bool)
-    mask[tuple(slice(*r) for r in ranges)] = True
-    return mask
 
 
 def random_mask(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -44,14 +34,6 @@ def summary(record: EdgeRecord) -> list[float]:
         edges.assd_pooled(record),
         edges.assd_directional(record),
     ]
-
-
-@st.composite
-def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    shape = draw(SMALL)
-    first, second = draw(hnp.arrays(bool, shape)), draw(hnp.arrays(bool, shape))
-    assume(first.any() and second.any())
-    return first, second
 
 
 # --- SciPy ---------------------------------------------------------------------------------------------------------------
@@ -323,23 +305,11 @@ def test_a_rim_as_wide_as_the_mask_gives_iou(masks: tuple[np.ndarray, np.ndarray
 
 
 @settings(max_examples=60, deadline=None)
-@given(pairs(), EDGES_MM, st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.integers(0, 2)] * 6))
+@given(pairs(), EDGES_MM, MOVES)
 def test_turning_mirroring_padding_and_swapping_change_nothing(
-    masks: tuple[np.ndarray, np.ndarray],
-    spacing: tuple[float, float, float],
-    order: list[int],
-    flips: tuple[bool, ...],
-    pad: tuple[int, ...],
+    masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float], move: Move
 ) -> None:
-    before = [*summary(edge_record(*masks, spacing)), boundary_iou(*masks, spacing, 1.45)]
-    flipped = tuple(slice(None, None, -1) if flip else slice(None) for flip in flips)
-    turned = [mask[flipped].transpose(order) for mask in masks]
-    across = [spacing[axis] for axis in order]
-    assert [*summary(edge_record(*turned, across)), boundary_iou(*turned, across, 1.45)] == pytest.approx(before, rel=1e-12, abs=1e-12)
-    wider = [np.pad(mask, [(pad[0], pad[1]), (pad[2], pad[3]), (pad[4], pad[5])]) for mask in masks]
-    assert [*summary(edge_record(*wider, spacing)), boundary_iou(*wider, spacing, 1.45)] == before
-    swapped = edge_record(masks[1], masks[0], spacing)
-    assert [*summary(swapped), boundary_iou(masks[1], masks[0], spacing, 1.45)] == pytest.approx(before, rel=1e-15)
+    check_unmoved(lambda *pair: [*summary(edge_record(*pair)), boundary_iou(*pair, 1.45)], masks, spacing, move)
 
 
 @settings(max_examples=40, deadline=None)

@@ -22,6 +22,7 @@ from ichbench.board.effects import (
     paired_effects,
     verdict_of,
 )
+from ichbench.board.summary import case_table
 from ichbench.errors import InputError
 from ichbench.scoring.protocol import METRICS
 from ichbench.scoring.score import Score
@@ -34,7 +35,7 @@ def study(metric: str = "dice", seed: str = "-", **arms: list[float]) -> list[Sc
 
 
 def one(rows: list[Score], metric: str = "dice") -> Effect:
-    found = paired_effects(rows, metrics=(metric,))
+    found = paired_effects(case_table(rows, (metric,)))
     assert len(found) == 1
     return found[0]
 
@@ -125,7 +126,7 @@ def test_p_is_adjusted_over_the_arms_of_a_metric_and_by_hand() -> None:
     # 8 pairs, all 256 patterns: a shift of one sign in all has p = 2/256, in 7 of 8 equal steps 18/256
     shifts = {"all": [0.1] * 8, "most": [0.1] * 7 + [-0.1], "half": [0.1] * 4 + [-0.1] * 4}
     rows = study(base=SPREAD, **{arm: [a + b for a, b in zip(SPREAD, by, strict=True)] for arm, by in shifts.items()})
-    found = {effect.arm: effect for effect in paired_effects(rows, metrics=("dice",))}
+    found = {effect.arm: effect for effect in paired_effects(case_table(rows, ("dice",)))}
     assert {arm: effect.p for arm, effect in found.items()} == {"all": 2 / 256, "most": 18 / 256, "half": 1.0}
     assert {arm: effect.p_adjusted for arm, effect in found.items()} == {"all": 6 / 256, "most": 36 / 256, "half": 1.0}
     assert [found[arm].verdict for arm in shifts] == ["better", "not separable", "not separable"]
@@ -141,9 +142,8 @@ def test_standardised_and_detectable_by_closed_form() -> None:
     sd = differences.std(ddof=1)
     assert effect.standardised == pytest.approx(differences.mean() / sd)
     assert effect.detectable == pytest.approx((stats.t.ppf(0.975, 19) + stats.t.ppf(0.8, 19)) * sd / math.sqrt(20))
-    two = paired_effects(
-        study(base=base.tolist(), arm=(base + differences).tolist(), other=(base - differences).tolist()), metrics=("dice",)
-    )
+    rows = study(base=base.tolist(), arm=(base + differences).tolist(), other=(base - differences).tolist())
+    two = paired_effects(case_table(rows, ("dice",)))
     assert two[0].detectable == pytest.approx((stats.t.ppf(0.9875, 19) + stats.t.ppf(0.8, 19)) * sd / math.sqrt(20))
     # with five pairs no sign-flip p can reach 5 %
     assert one(study(base=SPREAD[:5], arm=SPREAD[:5])).detectable == INF
@@ -152,7 +152,7 @@ def test_standardised_and_detectable_by_closed_form() -> None:
 def test_seed_error_adds_both_arms_and_is_unknown_with_one_seed() -> None:
     rows = study(seed="0", base=[0.5] * 8) + study(seed="1", base=[0.6] * 8)
     rows += study(seed="0", arm=[0.7] * 8) + study(seed="1", arm=[0.8] * 8) + study(once=[0.7] * 8, seed="0") + study(floor=[0.1] * 8)
-    found = {effect.arm: effect for effect in paired_effects(rows, metrics=("dice",))}
+    found = {effect.arm: effect for effect in paired_effects(case_table(rows, ("dice",)))}
     sd = math.sqrt(2 * 0.05**2)  # two seeds, 0.05 from their mean
     assert found["arm"].seed_error == pytest.approx(math.sqrt(sd**2 / 2 + sd**2 / 2))
     assert found["floor"].seed_error == pytest.approx(sd / math.sqrt(2))
@@ -164,14 +164,14 @@ def test_clusters_are_what_is_counted() -> None:
     # 12 cases of 4 patients: 12 independent cases would be separable, 4 patients are not
     rows = study(base=[0.5] * 12, arm=[0.6, 0.61, 0.62] * 4)
     patients = {f"case{i:03d}": f"p{i // 3}" for i in range(12)}
-    alone = paired_effects(rows, metrics=("dice",))[0]
-    together = paired_effects(rows, metrics=("dice",), clusters=patients)[0]
+    alone = paired_effects(case_table(rows, ("dice",)))[0]
+    together = paired_effects(case_table(rows, ("dice",)), clusters=patients)[0]
     assert (alone.n_units, alone.verdict) == (12, "better")
     assert (together.n_pairs, together.n_units, together.verdict) == (12, 4, "not separable")
     assert together.p == 2 / 2**4
     assert together.difference == pytest.approx(alone.difference)
     with pytest.raises(InputError, match=r"no cluster .* case003"):
-        paired_effects(rows, metrics=("dice",), clusters={case: name for case, name in patients.items() if case != "case003"})
+        paired_effects(case_table(rows, ("dice",)), clusters={case: name for case, name in patients.items() if case != "case003"})
 
 
 @settings(max_examples=30, deadline=None)
@@ -241,8 +241,8 @@ def test_a_shift_of_both_changes_nothing_and_of_the_arm_shifts_the_effect(pairs:
 def test_only_holm_depends_on_other_arms() -> None:
     rng = np.random.default_rng(0)
     rows = study(base=rng.random(12).tolist(), b=rng.random(12).tolist())
-    alone = paired_effects(rows, metrics=("dice",))[0]
-    beside = paired_effects([*study(a=rng.random(12).tolist()), *rows], metrics=("dice",))[1]
+    alone = paired_effects(case_table(rows, ("dice",)))[0]
+    beside = paired_effects(case_table([*study(a=rng.random(12).tolist()), *rows], ("dice",)))[1]
     for name in ("difference", "lower", "upper", "p", "standardised", "share_improved"):
         assert getattr(alone, name) == getattr(beside, name)
     assert alone.p_adjusted == alone.p <= beside.p_adjusted
@@ -272,12 +272,12 @@ def test_differing_cases_are_refused_with_the_difference() -> None:
     rows = [row for row in study(base=SPREAD, arm=SPREAD) if (row.arm, row.case) != ("arm", "case003")]
     rows.append(Score("arm", "-", "-", "other", "dice", 0.5))
     with pytest.raises(InputError, match=r"only 'base' has case003; only 'arm' has other"):
-        paired_effects(rows)
+        paired_effects(case_table(rows))
 
 
 def test_a_missing_base_is_refused() -> None:
     with pytest.raises(InputError, match=r"no arm 'base' .* the rows have a, b"):
-        paired_effects(study(a=SPREAD, b=SPREAD))
+        paired_effects(case_table(study(a=SPREAD, b=SPREAD)))
 
 
 def test_paired_differences_keep_one_sided_infinities() -> None:
@@ -289,7 +289,7 @@ def test_real_results_against_the_half_data_model(shared_data: Path) -> None:
     with (shared_data / "rankings" / "masilab_tbi_nih_vu_per_case.csv").open(newline="") as stream:
         table = list(csv.DictReader(stream))
     rows = [Score(line["algorithm"], "-", "-", line["case"], "dice", float(line["dice"])) for line in table]
-    found = {effect.arm: effect for effect in paired_effects(rows, base="msl_full", metrics=("dice",))}
+    found = {effect.arm: effect for effect in paired_effects(case_table(rows, ("dice",)), base="msl_full")}
     assert set(found) == {"msl_half", "msl_other_half", "nih_ssl", "vu_ssl"}
     values = {arm: {line["case"]: float(line["dice"]) for line in table if line["algorithm"] == arm} for arm in [*found, "msl_full"]}
     for arm, effect in found.items():

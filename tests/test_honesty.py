@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +17,7 @@ from ichbench.ablation.run import Finished, phantom_cohort, plan_run, run_study
 from ichbench.ablation.settings import settle
 from ichbench.ablation.study import RunDefaults
 from ichbench.board.effects import paired_effects
+from ichbench.board.summary import case_table
 from ichbench.scoring.score import Score
 from ichbench.scoring.tables import read_scores
 
@@ -30,7 +30,7 @@ def mean_dice(rows: list[Score], arm: str) -> float:
 
 
 def test_the_literal_window_hurts() -> None:
-    found = {effect.arm: effect for effect in paired_effects(read_scores(BOARD / "scores.csv"), metrics=("dice",))}
+    found = {effect.arm: effect for effect in paired_effects(case_table(read_scores(BOARD / "scores.csv"), ("dice",)))}
     assert found["window_literal"].verdict == "worse"
     assert found["window_literal"].upper < -0.2
 
@@ -62,7 +62,7 @@ def test_the_same_recipe_is_not_separable_from_itself_and_permuted_masks_teach_n
     rows = read_scores(tmp_path / "intact" / "scores.csv")
     # A/A: seed 1 of base as an arm of its own
     again = [row._replace(arm="again") if (row.arm, row.seed) == ("base", "1") else row for row in rows]
-    effects = {(effect.arm, effect.metric): effect for effect in paired_effects(again)}
+    effects = {(effect.arm, effect.metric): effect for effect in paired_effects(case_table(again))}
     for metric in ("dice", "nsd", "rvd", "hd", "hd95"):
         assert effects["again", metric].verdict in ("not separable", "equivalent"), effects["again", metric]
         assert effects["again", metric].single_seed
@@ -79,7 +79,7 @@ def test_the_same_recipe_is_not_separable_from_itself_and_permuted_masks_teach_n
     run(str(tmp_path / "permuted"), tmp_path / "shuffled", "0")
     taught = [row._replace(arm="permuted") for row in read_scores(tmp_path / "shuffled" / "scores.csv") if row.arm == "base"]
     floor = [row for row in rows if row.arm == "floor_threshold"]
-    (effect,) = paired_effects([*floor, *taught], base="floor_threshold", metrics=("dice",))
+    (effect,) = paired_effects(case_table([*floor, *taught], ("dice",)), base="floor_threshold")
     assert effect.verdict != "better"
     assert effect.difference < 0
     assert mean_dice(rows, "base") > mean_dice(taught, "permuted") + 0.2
@@ -87,14 +87,9 @@ def test_the_same_recipe_is_not_separable_from_itself_and_permuted_masks_teach_n
 
 @pytest.fixture(scope="module")
 def honesty() -> ModuleType:
-    path = ROOT / "benchmarks" / "honesty.py"
-    spec = importlib.util.spec_from_file_location("honesty", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["honesty"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return importlib.import_module("honesty")
 
 
 @pytest.mark.parametrize("n", [13, 30])

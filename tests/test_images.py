@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy.spatial.transform import Rotation
+from shapes import affine_of, rotation
 
 from ichbench.cases import files, nifti
 from ichbench.cases.case import Grid
@@ -23,17 +23,6 @@ RNG = np.random.default_rng(0)
 SPACINGS = (0.43, 0.47, 5.1)
 #: An axial grid: z to superior, y to posterior, x to the left.
 AXIAL = np.array([[0.0, 0.0, -0.5, 9.0], [0.0, -0.5, 0.0, 8.0], [5.0, 0.0, 0.0, 7.0], [0.0, 0.0, 0.0, 1.0]])
-
-
-def rotation(angles: tuple[float, float, float]) -> np.ndarray:
-    return np.asarray(Rotation.from_euler("xyz", angles).as_matrix())
-
-
-def affine_of(columns: np.ndarray, origin: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> np.ndarray:
-    affine = np.eye(4)
-    affine[:3, :3] = columns
-    affine[:3, 3] = origin
-    return affine
 
 
 def save(path: Path, voxels: np.ndarray, affine: np.ndarray | None = None, **fields: Any) -> Path:

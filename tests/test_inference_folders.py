@@ -167,8 +167,11 @@ def test_an_ensemble_of_regions_with_a_rule(tmp_path: Path) -> None:
     assert row(tmp_path / "out/a.nii.gz") == "0120010"
     run(*words, tmp_path / "tidy", "--rule", tmp_path / "rule.json")
     assert row(tmp_path / "tidy/a.nii.gz") == "0120000"
-    with pytest.raises(InputError, match="declares no labels"):
-        run("ensemble", *folders, "--dataset-json", tmp_path / "none.json", "--out", tmp_path / "new")
+    for content, message in ((None, "none.json: cannot be read as JSON .*give nnU-Net's dataset.json"), ("{}", "declares no labels")):
+        if content is not None:
+            (tmp_path / "none.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            run("ensemble", *folders, "--dataset-json", tmp_path / "none.json", "--out", tmp_path / "new")
 
 
 @pytest.mark.parametrize("order", ["kji", "ikj"])

@@ -13,8 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ichbench.training.draw import AugmentDraw
-from ichbench.training.intensity import add_noise, blur, change_contrast, change_gamma, change_intensity, gaussian_kernel, lower_resolution
+from ichbench.augmentation.draw import AugmentDraw
+from ichbench.augmentation.intensity import (
+    add_noise,
+    blur,
+    change_contrast,
+    change_gamma,
+    change_intensity,
+    gaussian_kernel,
+    lower_resolution,
+)
 
 torch.set_num_threads(1)
 Volume = NDArray[np.float32]

@@ -136,7 +136,7 @@ def test_what_cannot_be_paired(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ("{", "cannot be read as JSON"),
-        ("[]", 'declares no "labels"'),
+        ("[]", "must hold a JSON object"),
         ("{}", 'declares no "labels"'),
         ('{"labels": {"background": 0, "a": 1}, "file_ending": ".nrrd"}', "'.nrrd'; only .nii.gz or .nii"),
         ('{"labels": []}', "labels are"),

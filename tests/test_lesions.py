@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
+from shapes import box
 
 from ichbench.errors import InputError
 from ichbench.scoring import lesions
@@ -25,12 +26,6 @@ Voxel = tuple[int, int, int]
 Lesion = frozenset[Voxel]
 UNIT = (1.0, 1.0, 1.0)
 SPACING = (5.0, 0.45, 0.41)
-
-
-def box(shape: tuple[int, ...], *ranges: tuple[int, int]) -> np.ndarray:
-    mask = np.zeros(shape, dtype=bool)
-    mask[tuple(slice(*r) for r in ranges)] = True
-    return mask
 
 
 def steps(connectivity: int) -> list[Voxel]:

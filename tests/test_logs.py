@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ichbench.augmentation.patches import TrainingWarning
 from ichbench.errors import InputError
 from ichbench.training.logs import (
     MEASURED,
@@ -28,7 +29,6 @@ from ichbench.training.logs import (
     scalars,
     trackers,
 )
-from ichbench.training.patches import TrainingWarning
 
 ABOUT = {"epoch": 3, "epochs": 10, "train_loss": -0.5, "val_loss": -0.25, "pseudo_dice": [0.75, None], "moving_average": 0.7}
 ABOUT |= {"learning_rate": 0.01}

@@ -89,6 +89,15 @@ def test_plans_without_names_get_nnunets_own(tmp_path: Path) -> None:
         export_nnunet(imported, tmp_path / "third")
 
 
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("{}", "not a dataset fingerprint")])
+def test_a_damaged_fingerprint_is_named(tmp_path: Path, text: str, message: str) -> None:
+    model = write_model(tmp_path / "model", small_plan())
+    (model / "fingerprint.json").write_text(text)
+    with pytest.raises(InputError, match=rf"fingerprint\.json: {message}"):
+        export_nnunet(model, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
 def test_plans_that_nest_too_deeply_for_a_checkpoint(tmp_path: Path) -> None:
     results = write_results(tmp_path, small_plan())
     text = (results / "plans.json").read_text().rstrip().removesuffix("}")

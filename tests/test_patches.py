@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ichbench.errors import InputError
-from ichbench.training.boxes import bounding_box, common_box, cut_into
-from ichbench.training.patches import (
+from ichbench.augmentation.boxes import bounding_box, common_box, cut_into
+from ichbench.augmentation.patches import (
     TrainingCase,
     TrainingWarning,
     choose_cases,
@@ -18,6 +17,7 @@ from ichbench.training.patches import (
     is_forced,
     sample_generator,
 )
+from ichbench.errors import InputError
 
 
 def case(

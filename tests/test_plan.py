@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from ichbench.errors import InputError
+from ichbench.prepare.configuration import read_plan
 from ichbench.prepare.fingerprint import Fingerprint
-from ichbench.prepare.plan import Plan, make_plan, plan_all
+from ichbench.prepare.plan import Plan, Planner, make_plan, plan_all
 from ichbench.prepare.topology import FAMILIES, feature_map_elements, topology
 from ichbench.recipe import PlanRecipe, make_recipe
 
@@ -195,6 +198,22 @@ def test_json_and_words() -> None:
         Plan.from_json({**{key: value for key, value in table.items() if key != "dims"}, "dim": 3})
 
 
+def test_a_plan_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    for before in ("", "\ufeff"):
+        path.write_text(before + json.dumps(plan("tiny").to_json()), encoding="utf-8")
+        assert read_plan(path) == plan("tiny")
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ("[" * 200_000, "cannot be read as JSON"),
+        ("[]", "JSON object"),
+        ("{}", "not a plan"),
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: .*{message}.*; prepare the cohort again$"):
+            read_plan(path)
+
+
 def test_anisotropic_patches_are_named() -> None:
     assert plan("cine_mr").anisotropic
     assert not plan("exactly_3", patch_size=(64, 192, 192)).anisotropic
@@ -215,7 +234,7 @@ def test_a_single_slice_has_no_3d_plan() -> None:
     with pytest.raises(InputError, match=r"a single slice.*set plan\.dims = 2"):
         plan("rgb")
     given = COHORTS["rgb"]
-    planned = plan_all(given.fingerprint, PlanRecipe(), given.channels, given.n_labels, given.n_cases)
+    planned = plan_all(Planner(given.fingerprint, PlanRecipe(), given.channels, given.n_labels, given.n_cases))
     assert list(planned.configurations) == ["2d"]
     assert planned.lowres is None
 
@@ -224,7 +243,7 @@ def test_the_trigger_of_the_low_resolution_stage_is_a_field() -> None:
     """A patch that shows less than a quarter of the case, but more than the paper's eighth."""
     found = cohort([(3.0, 0.5, 0.5)] * 9, [(90, 300, 300)] * 9)
     for coverage, asked in ((0.25, True), (0.125, False)):
-        planned = plan_all(found, PlanRecipe(lowres_coverage=coverage), ("CT",), 2, 30)
+        planned = plan_all(Planner(found, PlanRecipe(lowres_coverage=coverage), ("CT",), 2, 30))
         assert planned.lowres is not None
         assert 0.125 < planned.lowres.coverage < 0.25
         assert (planned.lowres.steps > 0) is asked
@@ -234,7 +253,7 @@ def test_overrides_act_where_dims_agree() -> None:
     given = COHORTS["ct_liver"]
     arguments = (given.channels, given.n_labels, given.n_cases)
     recipe = PlanRecipe(patch_size=(32, 64, 64), batch_size=5)
-    free, fixed = (plan_all(given.fingerprint, one, *arguments).configurations for one in (PlanRecipe(), recipe))
+    free, fixed = (plan_all(Planner(given.fingerprint, one, *arguments)).configurations for one in (PlanRecipe(), recipe))
     assert fixed["2d"] == free["2d"]
     for name in ("3d_lowres", "3d_fullres", "3d_cascade_fullres"):
         assert (fixed[name].plan.patch_size, fixed[name].plan.batch_size) == ((32, 64, 64), 5)

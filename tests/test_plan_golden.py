@@ -9,7 +9,7 @@ from golden.nnunet_plans import COHORTS, FROZEN, lines
 
 from ichbench.prepare.explain import explain_planned, planned_table
 from ichbench.prepare.fingerprint import Fingerprint
-from ichbench.prepare.plan import make_plan, plan_all
+from ichbench.prepare.plan import Planner, make_plan, plan_all
 from ichbench.prepare.plans_json import plans_table, plans_text
 from ichbench.prepare.plans_read import count_labels, plan_of, plans_of
 from ichbench.prepare.topology import FAMILIES, depth, feature_map_elements, topology
@@ -26,7 +26,7 @@ def test_frozen_plans(name: str, family: str) -> None:
     n_labels, n_classes = count_labels(dataset["labels"])
     channels = tuple(dataset["channel_names"].values())
     given = (channels, n_labels, dataset["numTraining"], 0, n_classes)
-    planned = plan_all(found, PlanRecipe(family=family), *given)  # type: ignore[arg-type]
+    planned = plan_all(Planner(found, PlanRecipe(family=family), *given))  # type: ignore[arg-type]
     plans = {one: sized.plan for one, sized in planned.configurations.items()}
     table = plans_table(plans, found, "Dataset900_Drawn", family)
     expected = [line for line in FROZEN_LINES if line.startswith(f"{name} {FAMILIES[family].planner} ")]
@@ -83,7 +83,7 @@ def test_the_words_hold_the_numbers(name: str, family: str) -> None:
     fingerprint, dataset = COHORTS[name]
     found, channels = Fingerprint.from_json(fingerprint), tuple(dataset["channel_names"].values())
     n_labels, n_cases = len(dataset["labels"]), dataset["numTraining"]
-    planned = plan_all(found, PlanRecipe(family=family), channels, n_labels, n_cases)  # type: ignore[arg-type]
+    planned = plan_all(Planner(found, PlanRecipe(family=family), channels, n_labels, n_cases))  # type: ignore[arg-type]
     words = "\n".join(explain_planned(planned, FAMILIES[family], n_labels, n_cases))
     rows = planned_table(planned)
     assert len(rows) == 1 + len(planned.configurations)

@@ -14,7 +14,7 @@ from golden.nnunet_plans import COHORTS
 from ichbench.errors import InputError
 from ichbench.prepare.configuration import Plan
 from ichbench.prepare.fingerprint import Fingerprint
-from ichbench.prepare.plan import plan_all
+from ichbench.prepare.plan import Planner, plan_all
 from ichbench.prepare.plans_json import plans_table, plans_text
 from ichbench.prepare.plans_read import count_labels, plan_of, plans_of, read_plans
 from ichbench.recipe import PlanRecipe
@@ -24,7 +24,7 @@ FINGERPRINT, DATASET = COHORTS["CT_abd_2.5"]
 
 def made(family: str = "plain") -> dict[str, Plan]:
     found = Fingerprint.from_json(FINGERPRINT)
-    planned = plan_all(found, PlanRecipe(family=family), ("CT",), 16, 30)  # type: ignore[arg-type]
+    planned = plan_all(Planner(found, PlanRecipe(family=family), ("CT",), 16, 30))  # type: ignore[arg-type]
     return {name: sized.plan for name, sized in planned.configurations.items()}
 
 

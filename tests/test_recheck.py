@@ -77,7 +77,7 @@ def test_check_fails_after_a_one_line_change(name: str, tmp_path: Path) -> None:
 
 
 def test_only_a_finished_phantom_run_can_be_frozen(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot read"):
+    with pytest.raises(InputError, match="cannot be read as JSON"):
         freeze_board(tmp_path, tmp_path / "board")
     (tmp_path / "run.json").write_text('{"cohort": "patients", "failed": {}}')
     with pytest.raises(InputError, match="not a finished run on the embedded phantom"):

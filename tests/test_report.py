@@ -16,6 +16,7 @@ from ichbench.board.effects import paired_effects
 from ichbench.board.render import board_text, build_board
 from ichbench.board.report import COLUMNS, build_report, report_csv, report_markdown, report_text, write_report
 from ichbench.board.runs import case_column, clusters_from, read_cases, read_run, report_of_run
+from ichbench.board.summary import case_table
 from ichbench.board.words import TEXT_WIDTH
 from ichbench.cli import app
 from ichbench.errors import InputError
@@ -75,7 +76,7 @@ def test_a_factorial_run_with_strata_has_every_part(tmp_path: Path) -> None:
     main = {line["term"]: line for line in lines if line["part"] == "main effect" and line["metric"] == "dice"}
     assert main["w"]["verdict"] == "better"
     assert main["d"]["verdict"] == "worse"
-    alone = {effect.arm: effect for effect in paired_effects(run.rows, metrics=("dice",), resamples=300)}
+    alone = {effect.arm: effect for effect in paired_effects(case_table(run.rows, ("dice",)), resamples=300)}
     for line in lines:
         if line["part"] == "arm" and line["metric"] == "dice":
             effect = alone[line["term"]]

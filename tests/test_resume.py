@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from test_trainer import FLAT, QUICK, SOLID, blob_cases
 
+from ichbench.augmentation.patches import TrainingWarning
 from ichbench.cases import files
 from ichbench.compute import Compute
 from ichbench.errors import CaseError, InputError
@@ -33,7 +34,6 @@ from ichbench.training.checkpoint import load_checkpoint, places, read_checkpoin
 from ichbench.training.folder import Saving, TrainResult
 from ichbench.training.logs import MEASURED
 from ichbench.training.optimizers import OPTIMIZERS, optimizer_tensors, restore_optimizer
-from ichbench.training.patches import TrainingWarning
 from ichbench.training.schedule import Best, Position
 
 torch.set_num_threads(1)

@@ -82,9 +82,10 @@ def test_it_is_stored_as_json(tmp_path: Path) -> None:
     found = find_best([HALF, OTHER], ["a", "b"], REFERENCE.__getitem__, RULES)
     found.save(tmp_path / "selection.json")
     assert read_selection(tmp_path / "selection.json") == found
-    (tmp_path / "selection.json").write_text("[]")
-    with pytest.raises(InputError, match="is not a selection"):
-        read_selection(tmp_path / "selection.json")
+    for content, message in (("[]", "must hold a JSON object"), ("{}", "is not a selection"), ("{", "cannot be read as JSON")):
+        (tmp_path / "selection.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_selection(tmp_path / "selection.json")
 
 
 def test_what_cannot_be_chosen_from() -> None:

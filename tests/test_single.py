@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import conftest
 import nibabel
 import numpy as np
 import pytest
@@ -23,19 +24,7 @@ from ichbench.scoring.tables import read_scores
 from ichbench.training.checkpoint import places
 from ichbench.training.folder import Saving
 
-TINY = """
-[plan]
-base_features = 4
-max_features = 8
-memory_gb = 0.01
-[training]
-epochs = 2
-iterations_per_epoch = 2
-validation_iterations = 1
-[inference]
-mirror = false
-tile_step = 1.0
-"""
+TINY = conftest.TINY.replace("epochs = 1", "epochs = 2")
 
 
 class Killed(BaseException):

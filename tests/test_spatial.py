@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ichbench.augmentation.augment import fill_sample
+from ichbench.augmentation.draw import AugmentDraw, CascadeDraw, acts_in_plane, draw_augmentation, enlarged_zyx
+from ichbench.augmentation.patches import PatchDraw, TrainingCase, patch_zyx, sample_generator
+from ichbench.augmentation.spatial import matrix
 from ichbench.recipe import AugmentRecipe
-from ichbench.training.augment import fill_sample
-from ichbench.training.draw import AugmentDraw, CascadeDraw, acts_in_plane, draw_augmentation, enlarged_zyx
-from ichbench.training.patches import PatchDraw, TrainingCase, patch_zyx, sample_generator
-from ichbench.training.spatial import matrix
 
 torch.set_num_threads(1)
 CUBE, SLAB, FLAT = (12, 12, 12), (4, 16, 16), (16, 16)

@@ -114,9 +114,11 @@ def test_bad_descriptions_are_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({**table, "format": 99}))
     with pytest.raises(InputError, match="has format 99, not 1"):
         read_prepared(tmp_path, "case_1")
-    for text in ("{", "[]", "{}"):
+    del table["notes"]
+    wrong = {"{": "cannot be read as JSON", "[]": "must hold a JSON object", "{}": "has format None", json.dumps(table): "lacks notes"}
+    for text, message in wrong.items():
         path.write_text(text)
-        with pytest.raises(InputError, match="cannot be read"):
+        with pytest.raises(InputError, match=f"{message}.* and prepare the case again"):
             read_prepared(tmp_path, "case_1")
     with pytest.raises(InputError, match="holds no prepared case 'x'; it holds 1: case_1"):
         read_prepared(tmp_path, "x")

@@ -89,7 +89,7 @@ def test_effects_within_strata_are_those_of_their_rows_alone() -> None:
         if one.effect is None:
             assert one.summary.arm == "base"
             continue
-        alone = next(effect for effect in paired_effects(within, metrics=("dice",)) if effect.arm == one.effect.arm)
+        alone = next(effect for effect in paired_effects(case_table(within, ("dice",))) if effect.arm == one.effect.arm)
         for name in ("difference", "lower", "upper", "p", "n_pairs", "share_improved"):
             assert getattr(one.effect, name) == getattr(alone, name)
         # two arms in two strata are four tests

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 from scipy import ndimage
+from shapes import EDGES_MM, MOVES, SPACINGS, Move, box, check_unmoved, pairs
 
 from ichbench.errors import InputError
 from ichbench.scoring import surface
 from ichbench.scoring.surface import SurfaceDistances, surface_record
-
-SPACINGS = [(5.0, 0.45, 0.45), (1.0, 1.0, 1.0), (4.97, 0.43, 0.488), (0.5, 3.0, 1.25)]
 
 
 def by_package(reference: np.ndarray, predicted: np.ndarray, spacing: tuple[float, ...]) -> tuple[SurfaceDistances, dict[str, float]]:
@@ -57,12 +55,6 @@ def assert_same_bits(reference: np.ndarray, predicted: np.ndarray, spacing: tupl
 
 def blob(rng: np.random.Generator, shape: tuple[int, int, int], level: float) -> np.ndarray:
     return np.asarray(ndimage.gaussian_filter(rng.random(shape), 1.5, mode="wrap") > level)
-
-
-def box(shape: tuple[int, int, int], *ranges: tuple[int, int]) -> np.ndarray:
-    mask = np.zeros(shape, dtype=bool)
-    mask[tuple(slice(*r) for r in ranges)] = True
-    return mask
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -258,17 +250,6 @@ def test_a_percentile_that_hangs_on_the_last_bit_of_two_equal_distances() -> Non
 
 # --- brute force and invariances ---------------------------------------------------------------------------------------
 
-SMALL = st.tuples(*[st.integers(1, 5)] * 3)
-EDGES_MM = st.tuples(*[st.sampled_from([0.43, 0.5, 0.71, 1.3, 5.0])] * 3)  # no sum of three of their multiples is a tolerance used here
-
-
-@st.composite
-def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    shape = draw(SMALL)
-    first, second = draw(hnp.arrays(bool, shape)), draw(hnp.arrays(bool, shape))
-    assume(first.any() and second.any())
-    return first, second
-
 
 def corners(mask: np.ndarray, spacing: tuple[float, ...]) -> list[tuple[tuple[int, ...], float]]:
     """Surfels by loops: place and area of each corner whose eight voxels are neither all in nor all out."""
@@ -307,21 +288,11 @@ def summary(record: SurfaceDistances) -> list[float]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(pairs(), EDGES_MM, st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.integers(0, 2)] * 6))
+@given(pairs(), EDGES_MM, MOVES)
 def test_turning_mirroring_padding_and_swapping_change_nothing(
-    masks: tuple[np.ndarray, np.ndarray],
-    spacing: tuple[float, float, float],
-    order: list[int],
-    flips: tuple[bool, ...],
-    pad: tuple[int, ...],
+    masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float], move: Move
 ) -> None:
-    before = summary(surface_record(masks[0], masks[1], spacing))
-    flipped = tuple(slice(None, None, -1) if flip else slice(None) for flip in flips)
-    turned = [mask[flipped].transpose(order) for mask in masks]
-    assert summary(surface_record(turned[0], turned[1], [spacing[axis] for axis in order])) == pytest.approx(before, rel=1e-12, abs=1e-12)
-    wider = [np.pad(mask, [(pad[0], pad[1]), (pad[2], pad[3]), (pad[4], pad[5])]) for mask in masks]
-    assert summary(surface_record(wider[0], wider[1], spacing)) == before
-    assert summary(surface_record(masks[1], masks[0], spacing)) == pytest.approx(before, rel=1e-15)
+    check_unmoved(lambda *pair: summary(surface_record(*pair)), masks, spacing, move)
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from ichbench.augmentation.patches import TrainingCase, TrainingWarning
 from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.compute import Compute
 from ichbench.errors import CaseError, InputError
@@ -24,7 +25,6 @@ from ichbench.recipe import AugmentRecipe, EarlyStopping, InferenceRecipe, Netwo
 from ichbench.training.folder import idle_settings
 from ichbench.training.logs import MEASURED
 from ichbench.training.parallel import Team
-from ichbench.training.patches import TrainingCase, TrainingWarning
 from ichbench.training.supervision import count_hits, dice_of
 from ichbench.training.trainer import OPTIMIZERS, TrainResult, train
 

@@ -6,7 +6,6 @@ is exactly `python -m ichbench.ablation.step DIR`. Files are the truth: a step w
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from ichbench.ablation.dag import Dag, Step
 from ichbench.ablation.step import AGAIN, DONE, INTERRUPTED, is_finished, last_message, result_of, run_step, write_step
+from ichbench.cases.files import read_table
 from ichbench.compute import Compute
 
 #: glibc gives large blocks back to the system after every use and takes them again, 10 % of a training step and a third of a
@@ -172,7 +172,7 @@ def _epochs_done(folder: Path) -> tuple[int, int] | None:
         return None
     with logs[-1].open(encoding="utf-8") as stream:
         done = sum(1 for _ in stream)
-    return done, int(json.loads((folder / "step.json").read_text(encoding="utf-8"))["spec"]["training"]["epochs"])
+    return done, int(read_table(folder / "step.json", f"delete the folder {folder.name} and run again")["spec"]["training"]["epochs"])
 
 
 class _Clock:

@@ -24,7 +24,7 @@ from ichbench.arms import shipped
 from ichbench.board.check import Difference, compare_digests, compare_scores, compare_text
 from ichbench.board.render import board_csv, board_markdown, build_board
 from ichbench.cases.cohort import Cohort
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import read_table, write_atomically
 from ichbench.cases.images import read_labels
 from ichbench.compute import Compute
 from ichbench.errors import CaseError, InputError
@@ -240,10 +240,4 @@ def _means(rows: list[Score], metrics: Iterable[str]) -> list[Score]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}; give the folder of a committed board, such as leaderboard/phantom") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{path} holds {type(table).__name__}, a table is needed; freeze the board again")
-    return table
+    return read_table(path, "give the folder of a committed board, such as leaderboard/phantom, or freeze it again")

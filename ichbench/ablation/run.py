@@ -21,7 +21,7 @@ from ichbench.board.render import Board, build_board, write_board
 from ichbench.board.report import Report, write_report
 from ichbench.board.runs import clusters_from, read_run, report_of_run
 from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import read_table, write_atomically
 from ichbench.cases.splits import write_splits
 from ichbench.errors import InputError
 from ichbench.recipe import check_loss, check_precision
@@ -88,10 +88,10 @@ def phantom_cohort(folder: Path) -> Cohort:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".cohort-") as scratch:
             write_phantom(Path(scratch) / "cohort", **PHANTOM_COHORT)  # type: ignore[arg-type]
             (Path(scratch) / "cohort").rename(folder)
+    sidecar = read_table(folder / "phantom.json", f"remove {folder} and run again")
     try:
-        sidecar = json.loads((folder / "phantom.json").read_text(encoding="utf-8"))
         found = {"n_cases": len(sidecar["cases"]), "size": sidecar["size"], "seed": sidecar["seed"], "generator": sidecar["generator"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{folder} does not hold the embedded phantom ({error}); remove that folder and run again") from None
     expected = {name: PHANTOM_COHORT[name] for name in ("n_cases", "size", "seed")} | {"generator": GENERATOR}
     if found != expected:
@@ -181,13 +181,7 @@ def _identity(settings: Settings, study: Study) -> dict[str, Any]:
 
 
 def _refuse_other(settings: Settings, identity: dict[str, Any]) -> None:
-    path = settings.out / "study.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); give another --out") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged (it holds no table); give another --out")
+    found = read_table(settings.out / "study.json", "give another --out")
     different = [name for name in identity if found.get(name) != json.loads(json.dumps(identity[name]))]
     if different:
         changes = "; ".join(_change(name, found.get(name), identity[name]) for name in different)

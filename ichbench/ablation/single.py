@@ -168,9 +168,9 @@ def _train_and_score(job: Job, sinks: Sequence[Callable[[dict[str, Any]], None]]
             write_scores(out / "scores.csv", [row._replace(arm=job.arm.name, fold=wanted.fold, seed=str(wanted.seed)) for row in found])
             write_atomically(out / SCORED, seal(made_of))
         rows = read_scores(out / "scores.csv")
-    from ichbench.prepare.plan import Plan
+    from ichbench.prepare.configuration import read_plan
 
-    plan = Plan.from_json(json.loads((out / "plan.json").read_text(encoding="utf-8")))
+    plan = read_plan(out / "plan.json")
     return Fold(training, tuple(rows), tuple(plan.explain()))
 
 

@@ -74,7 +74,7 @@ def _previous(task: Task) -> dict[str, Any]:
 
     from ichbench.cases.cohort import read_cohort
     from ichbench.inference.cascade import previous_labels
-    from ichbench.prepare.plan import Plan
+    from ichbench.prepare.configuration import read_plan
     from ichbench.prepare.store import read_prepared
     from ichbench.recipe import PrepareRecipe
 
@@ -82,7 +82,7 @@ def _previous(task: Task) -> dict[str, Any]:
     cohort = read_cohort(Path(task.where["cohort"]), reorient=prepare.reorient)
     _check_digests(cohort, task.spec["cases"])
     keep = prepare.compatibility == "nnunet"
-    plan = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
+    plan = read_plan(task.inputs["prepare"] / "plan.json")
     for fold, names in task.spec["folds"].items():
         for name in names:
             case = cohort.load(name, keep, with_labels=False)
@@ -98,16 +98,15 @@ def train_stage(task: Task, **options: Any) -> dict[str, Any]:
     """The stage `train`; `options` are those of `trainer.train`."""
     import numpy as np
 
+    from ichbench.augmentation.patches import TrainingCase
     from ichbench.cases.labels import rules_from_json
-    from ichbench.prepare.configuration import network_plan
-    from ichbench.prepare.plan import Plan
+    from ichbench.prepare.configuration import network_plan, read_plan
     from ichbench.prepare.store import prepared_digest, read_prepared
     from ichbench.recipe import NetworkRecipe, TrainingRecipe
     from ichbench.training.folder import Saving
-    from ichbench.training.patches import TrainingCase
     from ichbench.training.trainer import train
 
-    plan = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
+    plan = read_plan(task.inputs["prepare"] / "plan.json")
     store = task.inputs["prepare"] / "cases"
     names = list(dict.fromkeys([*task.spec["train"], *task.spec["validate"]]))
     cases, digests = {}, {}
@@ -151,7 +150,7 @@ def _masks(task: Task) -> dict[str, Any]:
     from ichbench.cases.cohort import read_cohort
     from ichbench.cases.images import write_labels
     from ichbench.inference.predictors import PREDICTORS, Tools, fit_thresholds
-    from ichbench.prepare.plan import Plan
+    from ichbench.prepare.configuration import read_plan
     from ichbench.recipe import InferenceRecipe, NetworkRecipe, PrepareRecipe
 
     inference, prepare = task.model("inference", InferenceRecipe), task.model("prepare", PrepareRecipe)
@@ -160,7 +159,7 @@ def _masks(task: Task) -> dict[str, Any]:
     keep = prepare.compatibility == "nnunet"
     tools: dict[str, Any] = {"inference": inference, "prepare": prepare, "device": task.compute.device, "rules": cohort.rules}
     if "prepare" in task.inputs:
-        tools["plan"] = Plan.from_json(json.loads((task.inputs["prepare"] / "plan.json").read_text(encoding="utf-8")))
+        tools["plan"] = read_plan(task.inputs["prepare"] / "plan.json")
     if "train" in task.inputs:
         from ichbench.network.unet import make_unet
         from ichbench.network.weights import load_weights

@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from ichbench.ablation.dag import Step
 from ichbench.ablation.stages import STAGES, Task
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import read_table, write_atomically
 from ichbench.compute import Compute
 from ichbench.errors import CaseError, InputError
 
@@ -90,7 +90,7 @@ def run_step(folder: Path) -> int:
 
 
 def _attempt(folder: Path) -> int:
-    table = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+    table = read_table(folder / "step.json", f"delete the folder {folder.name} and run again")
     number = 1 + max((int(path.name) for path in folder.glob("attempts/*") if path.name.isdecimal()), default=0)
     attempt = folder / "attempts" / str(number)
     (attempt / "output").mkdir(parents=True)
@@ -147,7 +147,7 @@ def last_message(folder: Path) -> str:
     exits = sorted(folder.glob("attempts/*/exit.json"), key=lambda path: int(path.parent.name))
     if not exits:
         return "the process died without a word (killed, or out of memory?)"
-    return str(json.loads(exits[-1].read_text(encoding="utf-8"))["message"])
+    return str(read_table(exits[-1], "see the log beside it")["message"])
 
 
 @contextlib.contextmanager

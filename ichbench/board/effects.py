@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -13,10 +13,8 @@ import numpy as np
 from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, FloatArray, Method, exact_mean, standard_errors, unit_sums
 from ichbench.board.signflip import ALPHA, detectable, holm, sign_flip_p, signed_ranks
 from ichbench.board.summary import (
-    DEFAULT_METRICS,
     CaseTable,
     Clusters,
-    case_table,
     clusters_of,
     intervals_of,
     listed,
@@ -27,7 +25,7 @@ from ichbench.errors import InputError
 from ichbench.scoring.protocol import METRICS, Better, split_metric
 
 if TYPE_CHECKING:
-    from ichbench.scoring.score import Score
+    pass
 
 Verdict = Literal["better", "worse", "not separable", "equivalent", "no direction"]
 Units = Sequence[tuple[str, ...] | None]
@@ -93,25 +91,6 @@ class Effect(Claim):
 
 
 def paired_effects(
-    rows: Iterable[Score],
-    base: str = "base",
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    seed: int = 0,
-    resamples: int = DEFAULT_RESAMPLES,
-    method: Method = DEFAULT_METHOD,
-    clusters: Clusters = None,
-    margins: Mapping[str, float] | None = None,
-) -> list[Effect]:
-    """Compare every other arm with `base`: arms in alphabetical order, metrics in the given order.
-
-    Seeds and folds are averaged within a case first, so an untrained arm can be compared with a base of several seeds.
-    `margins` (by metric or bare name) are taken before MARGINS. InputError: no such base, arms scored on different cases, a
-    margin that is not above 0, and whatever `summary.case_table` refuses.
-    """
-    return effects_of_table(case_table(rows, metrics), base, seed, resamples, method, clusters, margins)
-
-
-def effects_of_table(
     table: CaseTable,
     base: str = "base",
     seed: int = 0,
@@ -120,7 +99,12 @@ def effects_of_table(
     clusters: Clusters = None,
     margins: Mapping[str, float] | None = None,
 ) -> list[Effect]:
-    """`paired_effects` for a table that is already folded."""
+    """Compare every other arm of a table (`summary.case_table`) with `base`; arms and metrics in the table's order.
+
+    The table holds means over seeds and folds within a case, so an untrained arm can be compared with a base of several seeds.
+    `margins` (by metric or bare name) are taken before MARGINS. InputError: no such base, arms scored on different cases, a
+    margin that is not above 0.
+    """
     if base not in table.arms:
         raise InputError(f"there is no arm {base!r} to compare with; the rows have {listed(table.arms)}. Name one of them as base")
     require_same_cases(table, base)

@@ -15,8 +15,8 @@ from ichbench.board.effects import (
     Claim,
     Effect,
     better_direction,
-    effects_of_table,
     one_seed,
+    paired_effects,
     require_same_cases,
     within_seeds,
 )
@@ -98,7 +98,7 @@ def build_board(
     """
     table = case_table(rows, metrics)
     require_same_cases(table)
-    effects = effects_of_table(table, base, seed, resamples, method, clusters, margins) if base is not None else []
+    effects = paired_effects(table, base, seed, resamples, method, clusters, margins) if base is not None else []
     order = list(arm_order) if arm_order is not None else sorted(table.arms, key=lambda arm: (arm != base, arm))
     if sorted(order) != list(table.arms):
         raise InputError(f"arm_order names {listed(order)}, but the rows have the arms {listed(table.arms)}. Name each arm once")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ichbench.board.curves import LearningCurve, learning_curves
-from ichbench.board.effects import Claim, Effect, Estimate, effects_of_table, require_same_cases
+from ichbench.board.effects import Claim, Effect, Estimate, paired_effects, require_same_cases
 from ichbench.board.factorial import FactorEffect, factorial_effects
 from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, Method
 from ichbench.board.render import effect_notes
@@ -83,7 +83,7 @@ def build_report(
     table = case_table(rows, metrics)
     require_same_cases(table)
     order = {arm: place for place, arm in enumerate(arm_order or table.arms)}
-    effects = effects_of_table(table, base, seed, resamples, method, clusters, margins)
+    effects = paired_effects(table, base, seed, resamples, method, clusters, margins)
     return Report(
         table=table,
         base=base,

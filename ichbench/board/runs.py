@@ -11,6 +11,7 @@ from typing import Any
 from ichbench.board.report import Report, build_report
 from ichbench.board.strata import KINDS
 from ichbench.board.summary import DEFAULT_METRICS, Clusters, listed
+from ichbench.cases.files import read_json, read_table
 from ichbench.errors import InputError
 from ichbench.scoring.score import Score
 from ichbench.scoring.strict_csv import columns_of, read_lines
@@ -211,9 +212,10 @@ def _all_cases(path: Path, arm: str) -> int | None:
     """How many training cases a fold of the run has."""
     splits = path / "splits_final.json"
     if splits.is_file():
+        folds = read_json(splits, "run the study again")
         try:
-            return len(json.loads(splits.read_text(encoding="utf-8"))[0]["train"])
-        except (OSError, ValueError, LookupError, TypeError):
+            return len(folds[0]["train"])
+        except (LookupError, TypeError):
             raise InputError(f"{splits} is damaged; run the study again") from None
     for file in sorted((path / "models").glob(f"{arm}-*/model.json")):
         count = _json(file).get("n_training", 0)
@@ -224,12 +226,4 @@ def _all_cases(path: Path, arm: str) -> int | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); run the study again, or give its scores.csv alone") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{path} holds no table; run the study again, or give its scores.csv alone")
-    return table
+    return read_table(path, "run the study again, or give its scores.csv alone") if path.is_file() else {}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from ichbench.board.effects import Effect, better_direction, differences_of, effects_of_table, estimate_family, verdict_of, within_width
+from ichbench.board.effects import Effect, better_direction, differences_of, estimate_family, paired_effects, verdict_of, within_width
 from ichbench.board.intervals import DEFAULT_METHOD, DEFAULT_RESAMPLES, Method
 from ichbench.board.summary import ArmSummary, CaseTable, Clusters, clusters_of, listed, summarise_table
 from ichbench.errors import InputError
@@ -67,7 +67,7 @@ def strata_effects(
     """Summaries and effects of every arm in every stratum, in the order of kinds, strata, arms, metrics.
 
     The family of Holm is all arms in all strata of a kind, per metric: whoever looks at more strata finds more by chance.
-    InputError: a case of the table that `cases` does not describe, and whatever `effects_of_table` and `strata_of` refuse.
+    InputError: a case of the table that `cases` does not describe, and whatever `paired_effects` and `strata_of` refuse.
     """
     every = table.cases[base]
     if lacking := [case for case in every if case not in cases]:
@@ -75,7 +75,7 @@ def strata_effects(
     found: list[StratumEffect] = []
     for kind, strata in strata_of({case: cases[case] for case in every}, kinds).items():
         parts = {name: _only(table, set(members)) for name, members in strata.items()}
-        plain = {name: effects_of_table(part, base, seed, resamples, method, clusters, margins) for name, part in parts.items()}
+        plain = {name: paired_effects(part, base, seed, resamples, method, clusters, margins) for name, part in parts.items()}
         adjusted = _adjusted(plain, parts, base, seed, resamples, method, clusters)
         for name, part in parts.items():
             for summary in summarise_table(part, seed, resamples, method, clusters):

@@ -93,6 +93,14 @@ def read_json(path: Path, hint: str) -> Any:
         raise InputError(f"{path}: cannot be read as JSON ({error}); {hint}") from error
 
 
+def read_table(path: Path, hint: str) -> dict[str, Any]:
+    """The object in a JSON file, as `read_json` reads it; `InputError` also where it holds something else."""
+    content = read_json(path, hint)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object {{...}}, but holds a {type(content).__name__}; {hint}")
+    return content
+
+
 def gzip_bytes(data: bytes) -> bytes:
     """Compress without a time stamp, so that the same data gives the same file."""
     if igzip is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ichbench.cases.files import read_json
+from ichbench.cases.files import read_table
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import InputError
 
@@ -82,7 +82,7 @@ def describe(place: Path) -> Description:
 
 def _from_nnunet(root: Path) -> Description:
     path = root / "dataset.json"
-    declared = _read_json(path)
+    declared = read_table(path, "correct it")
     channels = declared.get("channel_names", declared.get("modality"))
     ending = declared.get("file_ending")
     if not any((root / tag).is_dir() for tag in ("imagesTr", "imagesTs")):
@@ -138,7 +138,7 @@ def _from_csv(path: Path) -> Description:
 
 
 def _with_side_file(path: Path, name: str, root: Path, records: tuple[CaseRecord, ...]) -> Description:
-    declared = _read_json(path) if path.is_file() else {}
+    declared = read_table(path, "correct it") if path.is_file() else {}
     unknown = sorted(set(declared) - {"name", "channel_names", "labels", "regions_class_order", "label_map"})
     if unknown:
         raise InputError(f"{path}: unknown keys {unknown}; allowed are name, channel_names, labels, regions_class_order, label_map")
@@ -246,13 +246,6 @@ def _read_table(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
             return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read as a comma-separated UTF-8 table ({error})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = read_json(path, "correct it")
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object {{...}}, but holds a {type(content).__name__}")
-    return content
 
 
 def _channels(path: Path, declared: object) -> tuple[str, ...]:

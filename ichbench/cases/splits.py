@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import read_json, write_atomically
 from ichbench.errors import InputError
 
 #: One fold: {"train": ids, "val": ids}, both sorted.
@@ -63,10 +63,7 @@ def fold_of(splits: Sequence[Split], fold: int, ids: Sequence[str], groups: Mapp
 
 def read_splits(path: Path, ids: Iterable[str] | None = None) -> list[Split]:
     """Read a `splits_final.json` and check it (see `check_splits`); `ids` are the cohort's training cases."""
-    try:
-        splits = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); give nnU-Net's splits_final.json or leave it out") from error
+    splits = read_json(Path(path), "give nnU-Net's splits_final.json or leave it out")
     try:
         check_splits(splits, ids)
     except InputError as error:

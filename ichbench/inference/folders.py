@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ichbench.cases.files import read_table
 from ichbench.cases.images import read_grid, read_labels, write_labels
 from ichbench.cases.labels import LabelRules, Target, plain_rules, read_rules
 from ichbench.errors import InputError
@@ -147,12 +147,10 @@ def _rules(path: Path, references: Mapping[str, Path]) -> LabelRules:
     if not path.is_file() and references:
         highest = max(int(read_labels(file)[0].max()) for file in references.values())
         return plain_rules(max(highest, 1) + 1)
-    try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
-        declared, order = table["labels"], table.get("regions_class_order")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} declares no labels ({error!r}); give nnU-Net's dataset.json") from None
-    return read_rules(declared, order, path)
+    table = read_table(path, "give nnU-Net's dataset.json")
+    if "labels" not in table:
+        raise InputError(f"{path} declares no labels; give nnU-Net's dataset.json")
+    return read_rules(table["labels"], table.get("regions_class_order"), path)
 
 
 def _read_probabilities(path: Path) -> NDArray[np.floating]:

@@ -30,7 +30,7 @@ from ichbench.inference.model import ModelFolder, find_images, read_case, read_m
 from ichbench.network.nnunet_weights import weights_to_nnunet
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights, manifest_path
-from ichbench.prepare.fingerprint import Fingerprint
+from ichbench.prepare.fingerprint import Fingerprint, read_fingerprint
 from ichbench.prepare.pipeline import flagged_case
 from ichbench.prepare.plan import Plan
 from ichbench.prepare.plans_json import plans_table, plans_text
@@ -220,7 +220,7 @@ def _resolved(model: ModelFolder) -> Plan:
 def _fingerprint(model: ModelFolder) -> Fingerprint:
     path = model.folder / "fingerprint.json"
     if path.is_file():
-        return Fingerprint.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return read_fingerprint(path)
     # model folders from before it was kept: the plan's own case stands in; prediction reads none of this
     plan = model.plan
     spacing, shape = (1.0, *plan.spacing)[-3:], (1.0, *plan.median_shape)[-3:]

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import read_json, write_atomically
 from ichbench.cases.labels import read_rules
 from ichbench.errors import InputError
 from ichbench.inference.model import check_intensities
@@ -237,17 +237,9 @@ def _read_tables(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         near = sorted(str(path.parent) for path in [*folder.glob("*/plans.json"), *folder.parent.glob("plans.json")])
         hint = f"; did you mean {' or '.join(near[:5])}?" if near else "; give DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION"
         raise InputError(f"{folder} holds no {' and no '.join(missing)}, so it is no result folder of nnU-Net{hint}")
-    path = folder / "plans.json"
-    try:
-        plans = read_plans(path)
-    except RecursionError as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); correct it") from None
+    plans = read_plans(folder / "plans.json")
     path = folder / "dataset.json"
-    try:
-        # an editor may have put a byte order mark before it
-        dataset = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); correct it") from None
+    dataset = read_json(path, "correct it")
     channels = dataset.get("channel_names", dataset.get("modality")) if isinstance(dataset, dict) else None
     if not isinstance(dataset, dict) or not isinstance(dataset.get("labels"), dict) or not isinstance(channels, dict):
         raise InputError(f'{path}: needs "channel_names" and "labels"; take the dataset.json that the model was trained with')

@@ -8,16 +8,15 @@ is stored as JSON; nnU-Net pickles functions.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import read_table, write_atomically
 from ichbench.cases.labels import Target, mask_of, members
 from ichbench.errors import InputError
 
@@ -63,8 +62,8 @@ class Postprocessing:
 
 def read_postprocessing(path: Path) -> Postprocessing:
     """Read what `save` wrote; InputError for anything else."""
+    table = read_table(path, "give what `ichbench postprocess find` wrote; nnU-Net's .pkl files are not read")
     try:
-        table: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if table["format"] != FORMAT:
             raise ValueError(f"format {table['format']!r}")
         steps = tuple(tuple(int(label) for label in step) for step in table["keep_largest"])
@@ -75,7 +74,7 @@ def read_postprocessing(path: Path) -> Postprocessing:
             for item in table["tried"]
         )
         return Postprocessing(steps, trials, int(table["cases"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a rule of `ichbench postprocess find` ({error}); nnU-Net's .pkl files are not read") from None
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import read_table, write_atomically
 from ichbench.cases.labels import LabelRules
 from ichbench.errors import InputError
 from ichbench.inference.postprocess import Labels, dice_counts, foreground_mean, mean_dice
@@ -51,13 +50,13 @@ class Selection:
 
 def read_selection(path: Path) -> Selection:
     """Read what `save` wrote; InputError for anything else."""
+    table = read_table(path, "give what `ichbench select` wrote")
     try:
-        table: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if table["format"] != FORMAT:
             raise ValueError(f"format {table['format']!r}")
         scores = {tuple(item["members"]): math.nan if item["dice"] is None else float(item["dice"]) for item in table["tried"]}
         return Selection(tuple(table["members"]), scores)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a selection of `ichbench select` ({error})") from None
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from ichbench.cases.files import read_table
 from ichbench.cases.labels import LabelRules
 from ichbench.errors import InputError
 from ichbench.prepare.topology import Floats, Ints, Network, depth, is_anisotropic
@@ -118,6 +120,15 @@ class Plan:
     def explain_norm(self) -> list[str]:
         """How each channel is normalised, in words."""
         return [_explain_norm(index, name, self) for index, name in enumerate(self.channels)]
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan.json, as `Plan.to_json` wrote it; `InputError` for anything else."""
+    table = read_table(path, "prepare the cohort again")
+    try:
+        return Plan.from_json(table)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _explain_norm(index: int, name: str, plan: Plan) -> str:

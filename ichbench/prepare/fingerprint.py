@@ -81,14 +81,14 @@ class Fingerprint:
         return found
 
 
-def read_fingerprint(path: Path, n_cases: int) -> Fingerprint:
-    """A fingerprint file, ours or nnU-Net's, of that many cases; `InputError` where it is not one."""
+def read_fingerprint(path: Path, n_cases: int | None = None) -> Fingerprint:
+    """A fingerprint file, ours or nnU-Net's, of that many cases if they are given; `InputError` where it is not one."""
     table = read_json(path, "give a dataset_fingerprint.json")
     try:
         found = Fingerprint.from_json(table)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    if len(found.spacings) != n_cases:
+    if n_cases is not None and len(found.spacings) != n_cases:
         raise InputError(f"{path}: was taken of {len(found.spacings)} cases, but there are {n_cases} training cases; take it again")
     return found
 

@@ -97,7 +97,7 @@ def make_plan(
     preset serves many cohorts. Whether a low-resolution stage would exist is decided without such overrides.
     Raises `InputError` for a 3D plan of single slices, and for a low-resolution stage where nnU-Net makes none.
     """
-    planner = _Planner(fingerprint, recipe, tuple(channel_names), n_labels, n_cases, neighbour_slices, n_classes)
+    planner = Planner(fingerprint, recipe, channel_names, n_labels, n_cases, neighbour_slices, n_classes)
     if recipe.dims == 2:
         return planner.sized(planner.start(2)).plan
     if not planner.is_3d:
@@ -118,21 +118,12 @@ def second_stage(fullres: Plan) -> Plan:
     return replace(fullres, configuration="3d_cascade_fullres", previous_stage="3d_lowres")
 
 
-def plan_all(
-    fingerprint: Fingerprint,
-    recipe: PlanRecipe,
-    channel_names: Sequence[str],
-    n_labels: int,
-    n_cases: int,
-    neighbour_slices: int = 0,
-    n_classes: int | None = None,
-) -> Planned:
+def plan_all(planner: Planner) -> Planned:
     """Plan every configuration that nnU-Net would: 2d; 3d_fullres unless the cases are single slices; 3d_lowres and
     3d_cascade_fullres where the full-resolution patch shows little of a case.
 
-    Arguments as for `make_plan`. `recipe.stage` is not looked at; overrides of patch and batch act where dims agree.
+    `recipe.stage` is not looked at; overrides of patch and batch act where dims agree.
     """
-    planner = _Planner(fingerprint, recipe, tuple(channel_names), n_labels, n_cases, neighbour_slices, n_classes)
     found = {"2d": planner.sized(planner.start(2))}
     if not planner.is_3d:
         return Planned(planner.target, found, None)
@@ -145,16 +136,16 @@ def plan_all(
 
 
 @dataclass(frozen=True)
-class _Planner:
-    """What all configurations of a cohort share."""
+class Planner:
+    """What all configurations of a cohort share. The fields are the arguments of `make_plan`; `target` follows from them."""
 
     fingerprint: Fingerprint
     recipe: PlanRecipe
-    channel_names: tuple[str, ...]
+    channel_names: Sequence[str]
     n_labels: int
     n_cases: int
-    neighbour_slices: int
-    n_classes: int | None
+    neighbour_slices: int = 0
+    n_classes: int | None = None
     target: Target = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,7 +163,7 @@ class _Planner:
     def start(self, dims: int) -> Plan:
         """The plan before its size is known."""
         spacing, median = self.target.spacing_mm, self.target.median_shape
-        channels = _channels(self.channel_names, len(self.fingerprint.intensities))
+        channels = _channels(tuple(self.channel_names), len(self.fingerprint.intensities))
         schemes = tuple(scheme_of(name) for name in channels)
         masked = self.fingerprint.median_relative_size < MASKED_BELOW
         return Plan(
@@ -187,7 +178,7 @@ class _Planner:
             features=(),
             strides=(),
             kernels=(),
-            source_channels=self.channel_names,
+            source_channels=tuple(self.channel_names),
             channels=channels,
             neighbour_slices=self.neighbour_slices if dims == self.recipe.dims else 0,
             n_classes=self.n_labels if self.n_classes is None else self.n_classes,

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ichbench.cases.files import read_table
 from ichbench.errors import InputError
 from ichbench.prepare.geometry import Geometry
 from ichbench.prepare.locations import Location
@@ -129,15 +130,14 @@ def _case_table(place: Path, folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         known = list_prepared(folder)
         raise InputError(f"{folder} holds no prepared case {place.name!r}; it holds {len(known)}: {', '.join(known[:5]) or 'none'}")
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if table["format"] != FORMAT:
-            raise InputError(f"{path} has format {table['format']}, not {FORMAT}; remove {place} and prepare the case again")
-        return {key: table[key] for key in ("id", "geometry", "notes", "sha256")}
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read ({error!r}); remove {place} and prepare the case again") from None
+    again = f"remove {place} and prepare the case again"
+    table = read_table(path, again)
+    if table.get("format") != FORMAT:
+        raise InputError(f"{path} has format {table.get('format')}, not {FORMAT}; {again}")
+    keys = ("id", "geometry", "notes", "sha256")
+    if missing := [key for key in keys if key not in table]:
+        raise InputError(f"{path} lacks {', '.join(missing)}; {again}")
+    return {key: table[key] for key in keys}
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> str:

@@ -9,7 +9,7 @@ from ichbench.cases.cohort import Cohort
 from ichbench.prepare.fingerprint import CaseFacts, Fingerprint, case_facts, combine
 from ichbench.prepare.nnunet_files import dataset_table
 from ichbench.prepare.pipeline import flagged_case
-from ichbench.prepare.plan import Plan, Planned, make_plan, plan_all
+from ichbench.prepare.plan import Plan, Planned, Planner, make_plan, plan_all
 from ichbench.prepare.plans_read import count_labels
 from ichbench.recipe import PlanRecipe, PrepareRecipe
 
@@ -61,7 +61,7 @@ def cohort_plan(cohort: Cohort, found: Fingerprint, prepare: PrepareRecipe, reci
 def cohort_plans(cohort: Cohort, found: Fingerprint, prepare: PrepareRecipe, recipe: PlanRecipe) -> Planned:
     """Every configuration that nnU-Net would plan for the cohort, with the reasons."""
     n_labels, n_classes = label_counts(cohort)
-    return plan_all(found, recipe, cohort.channel_names, n_labels, len(found.spacings), _neighbours(prepare), n_classes)
+    return plan_all(Planner(found, recipe, cohort.channel_names, n_labels, len(found.spacings), _neighbours(prepare), n_classes))
 
 
 def label_counts(cohort: Cohort) -> tuple[int, int]:

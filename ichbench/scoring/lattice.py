@@ -137,18 +137,19 @@ def _look_farther(squares: Floats, piece: _Piece, own: int, other: int, frame: F
     pad = piece.rows.pads[0]
     depth, height, width = _corner_counts(piece.box)
     inner = piece.surfels[other][pad : pad + depth, :height, :width]
-    for way in ("planes", "transform"):
-        left = np.flatnonzero(np.isinf(squares))
-        if not left.size:
-            return
-        corners = piece.corners(piece.places[own][left]) - np.array([pad, 0, 0])
-        if way == "planes" and nearest.can_use_planes(left.size, inner, frame):
-            found = nearest.within_planes(corners, inner, frame, piece.rows.reach_mm)
-        elif way == "transform" and nearest.prefer_transform(left.size, int(np.count_nonzero(inner)), inner.size):
-            found = nearest.transform(corners, inner, frame)
-        else:
-            continue
+    left = np.flatnonzero(np.isinf(squares))
+    if left.size and nearest.can_use_planes(left.size, inner, frame):
+        found = nearest.within_planes(_inner_corners(piece, own, left), inner, frame, piece.rows.reach_mm)
         squares[left] = np.where(found <= limit_mm * limit_mm, found, math.inf)
+        left = np.flatnonzero(np.isinf(squares))
+    if left.size and nearest.prefer_transform(left.size, int(np.count_nonzero(inner)), inner.size):
+        found = nearest.transform(_inner_corners(piece, own, left), inner, frame)
+        squares[left] = np.where(found <= limit_mm * limit_mm, found, math.inf)
+
+
+def _inner_corners(piece: _Piece, own: int, left: Places) -> Places:
+    """Those of the island's surfels of mask `own` that are numbered `left`, as (z, y, x) without the padding."""
+    return np.asarray(piece.corners(piece.places[own][left]) - np.array([piece.rows.pads[0], 0, 0]))
 
 
 def _corner_counts(box: Box) -> tuple[int, int, int]:

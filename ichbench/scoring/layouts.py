@@ -7,12 +7,12 @@ nnU-Net writes them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ichbench.cases.files import read_table
 from ichbench.cases.folders import describe
 from ichbench.errors import InputError
 from ichbench.scoring.score import Labels, regions_of
@@ -200,11 +200,8 @@ def check_labels(declared: object, where: str) -> Labels:
 
 def _declared(path: Path) -> tuple[Labels, Mapping[int, int] | None]:
     """Labels and label map of a dataset.json."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); give nnU-Net's dataset.json") from error
-    if not isinstance(content, dict) or "labels" not in content:
+    content = read_table(path, "give nnU-Net's dataset.json")
+    if "labels" not in content:
         raise InputError(f'{path} declares no "labels"; give nnU-Net\'s dataset.json')
     ending = content.get("file_ending", SUFFIXES[0])
     if ending not in SUFFIXES:

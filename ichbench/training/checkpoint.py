@@ -28,9 +28,9 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
+from ichbench.augmentation.patches import TrainingWarning
 from ichbench.cases.files import sync_folder
 from ichbench.errors import InputError
-from ichbench.training.patches import TrainingWarning
 
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 #: changes when the files above change their meaning

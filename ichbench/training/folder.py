@@ -24,13 +24,13 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from ichbench.augmentation.patches import TrainingCase, TrainingWarning
 from ichbench.cases.files import seal, unseal, write_atomically
 from ichbench.compute import Compute
 from ichbench.errors import InputError
 from ichbench.network.weights import weights_digest
 from ichbench.recipe import NetworkRecipe, TrainingRecipe, flat
 from ichbench.training.checkpoint import places
-from ichbench.training.patches import TrainingCase, TrainingWarning
 
 MARK, LOG = "training.json", "log.jsonl"
 WEIGHTS = ("final.safetensors", "final.json", "best.safetensors", "best.json")

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from ichbench.augmentation.patches import TrainingWarning
 from ichbench.cases.files import write_atomically
 from ichbench.errors import InputError
-from ichbench.training.patches import TrainingWarning
 
 Sink = Callable[[dict[str, Any]], None]
 #: (epoch, step of it that was just done, steps of an epoch, loss) during an epoch

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ichbench.augmentation.batches import Sampling, ahead, make_batch, training_sampling
+from ichbench.augmentation.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, choose_cases
 from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.compute import ONE_CORE, Compute, computing
 from ichbench.errors import CaseError, InputError
@@ -28,7 +30,6 @@ from ichbench.network.unet import Topology, UNet, make_unet
 from ichbench.network.weights import save_tensors, start_from, weights_digest
 from ichbench.recipe import NetworkRecipe, TrainingRecipe
 from ichbench.training import checkpoint as disk
-from ichbench.training.batches import Sampling, ahead, make_batch, training_sampling
 from ichbench.training.folder import (
     EPOCHS,
     LOG,
@@ -48,7 +49,6 @@ from ichbench.training.keeper import Keeper, signals
 from ichbench.training.logs import LogFile, Sink, Tick, epoch_line, open_log
 from ichbench.training.optimizers import OPTIMIZERS, optimizer_tensors, restore_optimizer
 from ichbench.training.parallel import ALONE, Team
-from ichbench.training.patches import TRAIN_STREAM, VALIDATION_STREAM, TrainingCase, choose_cases
 from ichbench.training.schedule import Position, moving_average, poly_learning_rate, should_stop
 from ichbench.training.supervision import count_hits, dice_of, make_supervision
 

@@ -16,7 +16,7 @@ from nn_planners import their_plans
 
 from ichbench.errors import InputError
 from ichbench.prepare.fingerprint import Fingerprint
-from ichbench.prepare.plan import plan_all
+from ichbench.prepare.plan import Planner, plan_all
 from ichbench.prepare.plans_json import plans_table, plans_text
 from ichbench.prepare.plans_read import count_labels, plan_of, plans_of
 from ichbench.prepare.topology import FAMILIES
@@ -122,7 +122,7 @@ def ours(family: str, fingerprint: dict[str, Any], dataset: dict[str, Any], argu
     found = Fingerprint.from_json(fingerprint)
     n_labels, n_classes = count_labels(dataset["labels"])
     channels = tuple(dataset["channel_names"].values())
-    planned = plan_all(found, PlanRecipe(**fields), channels, n_labels, dataset["numTraining"], n_classes=n_classes)
+    planned = plan_all(Planner(found, PlanRecipe(**fields), channels, n_labels, dataset["numTraining"], n_classes=n_classes))
     plans = {name: sized.plan for name, sized in planned.configurations.items()}
     table = plans_table(plans, found, "Dataset900_Drawn", family, arguments.get("plans_name"))
     # what was written comes back as the same plans

@@ -19,12 +19,12 @@ pytest.importorskip("batchgeneratorsv2")
 
 from scipy.stats import binomtest, ks_2samp
 
+from ichbench.augmentation.augment import fill_sample
+from ichbench.augmentation.cascade_augment import MORPHOLOGIES, footprint
+from ichbench.augmentation.draw import AugmentDraw, CascadeDraw, draw_augmentation, draw_cascade, enlarged_zyx, rotation_limits
+from ichbench.augmentation.intensity import change_intensity
+from ichbench.augmentation.patches import TrainingCase, draw_patch, patch_zyx, sample_generator
 from ichbench.recipe import AugmentRecipe
-from ichbench.training.augment import fill_sample
-from ichbench.training.cascade_augment import MORPHOLOGIES, footprint
-from ichbench.training.draw import AugmentDraw, CascadeDraw, draw_augmentation, draw_cascade, enlarged_zyx, rotation_limits
-from ichbench.training.intensity import change_intensity
-from ichbench.training.patches import TrainingCase, draw_patch, patch_zyx, sample_generator
 
 torch.set_num_threads(1)
 PATCHES = [(10, 16, 18), (4, 24, 22), (20, 24), (30, 14)]
@@ -228,7 +228,7 @@ def test_drawn_numbers_have_the_same_law(fresh_seed: int) -> None:
         neither = sum(one is None for one in drawn)
         assert binomtest(neither, count, 0.64).pvalue > FALSE_ALARM
         assert binomtest(sum(not one.is_spatial for one in found), count, 0.64).pvalue > FALSE_ALARM
-        from ichbench.training.spatial import matrix
+        from ichbench.augmentation.spatial import matrix
 
         mine = [matrix(one) for one in found if one.is_spatial]
         size = 2 if flat else 3

@@ -15,9 +15,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ichbench.augmentation.boxes import Box, bounding_box
 from ichbench.errors import InputError
 from ichbench.prepare.locations import Location
-from ichbench.training.boxes import Box, bounding_box
 
 #: streams of random numbers; a batch for validation never repeats one for training
 TRAIN_STREAM, VALIDATION_STREAM, CHOICE_STREAM = 0, 1, 2

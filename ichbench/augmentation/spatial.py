@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ichbench.training.boxes import Box, Ints, bounding_box, common_box, ints, slices
-from ichbench.training.draw import AugmentDraw
-from ichbench.training.straight import at_places, interpolate, on_cpu
+from ichbench.augmentation.boxes import Box, Ints, bounding_box, common_box, ints, slices
+from ichbench.augmentation.draw import AugmentDraw
+from ichbench.augmentation.straight import at_places, interpolate, on_cpu
 
 #: fills an array (..., z, y, x) with what lies from a first voxel (z, y, x) on
 Cut = Callable[[NDArray[Any], Ints], None]

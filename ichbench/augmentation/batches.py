@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ichbench.augmentation.augment import fill_sample, zeros
+from ichbench.augmentation.draw import AugmentDraw, CascadeDraw, draw_augmentation, draw_cascade, enlarged_zyx
+from ichbench.augmentation.patches import PatchDraw, TrainingCase, draw_patch, is_forced, patch_zyx, sample_generator
 from ichbench.errors import InputError
 from ichbench.recipe import AugmentRecipe, TrainingRecipe
-from ichbench.training.augment import fill_sample, zeros
-from ichbench.training.draw import AugmentDraw, CascadeDraw, draw_augmentation, draw_cascade, enlarged_zyx
-from ichbench.training.patches import PatchDraw, TrainingCase, draw_patch, is_forced, patch_zyx, sample_generator
 
 NO_CHANGE, NO_FAULT = AugmentDraw(), CascadeDraw()
 

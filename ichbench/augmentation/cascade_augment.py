@@ -12,7 +12,7 @@ import numpy as np
 import scipy.ndimage
 from numpy.typing import NDArray
 
-from ichbench.training.draw import CascadeDraw
+from ichbench.augmentation.draw import CascadeDraw
 
 Mask = NDArray[np.bool_]
 

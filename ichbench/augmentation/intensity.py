@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ichbench.training.draw import AugmentDraw
-from ichbench.training.straight import LinearStep, interpolate, on_cpu
+from ichbench.augmentation.draw import AugmentDraw
+from ichbench.augmentation.straight import LinearStep, interpolate, on_cpu
 
 #: below this a range or a spread counts as this, as in nnU-Net
 TINY = 1e-7

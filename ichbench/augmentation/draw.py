@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ichbench.augmentation.patches import patch_zyx
 from ichbench.recipe import AugmentRecipe
-from ichbench.training.patches import patch_zyx
 
 #: a 3D patch whose longest axis is more than this many times its first is turned and scaled in plane only
 ANISOTROPY = 3.0

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ichbench.augmentation.boxes import Box, Ints, common_box, cut_into, ints, slices
+from ichbench.augmentation.cascade_augment import change_previous, one_hot
+from ichbench.augmentation.draw import AugmentDraw, CascadeDraw
+from ichbench.augmentation.intensity import change_intensity
+from ichbench.augmentation.patches import PatchDraw, TrainingCase
+from ichbench.augmentation.spatial import Cut, reading, source_box, turn_image, turn_labels
 from ichbench.errors import CaseError
-from ichbench.training.boxes import Box, Ints, common_box, cut_into, ints, slices
-from ichbench.training.cascade_augment import change_previous, one_hot
-from ichbench.training.draw import AugmentDraw, CascadeDraw
-from ichbench.training.intensity import change_intensity
-from ichbench.training.patches import PatchDraw, TrainingCase
-from ichbench.training.spatial import Cut, reading, source_box, turn_image, turn_labels
 
 OUTSIDE_IMAGE, OUTSIDE_LABEL = 0.0, -1
 
