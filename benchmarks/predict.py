@@ -6,8 +6,8 @@ small nnU-Net U-Net, trained for some steps on the case itself so that it segmen
 Peer: `nnUNetPredictor.predict_single_npy_array` of nnunetv2, in this process. Seconds are those of the process's CPU, which on an
 idle machine with one thread are the seconds of the clock; sides take turns and the best counts.
 
-`--memory` predicts a 512 x 512 x 400 CT of noise with a network of 2 features instead and prints the largest resident set; it says what the
-image and the logits take. A network of 32 features adds gigabytes of activations (docs/nnunet.md).
+`--memory` predicts a 512 x 512 x 400 CT of noise instead and prints the largest resident set: with `--features 2` what the image and the
+logits take, in two minutes; with 32 the activations of a real network too, in a quarter of an hour.
 
     pip install . "nnunetv2==2.8.1" && OMP_NUM_THREADS=1 python benchmarks/predict.py [--out benchmarks/results/predict.md]
 """
@@ -56,16 +56,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--nets", action="store_true", help="time the networks alone instead, on one patch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory", action="store_true", help="only the large CT")
+    parser.add_argument("--memory", action="store_true", help="only the large CT (--out: --features 2 --patch 64,128,128)")
     given = parser.parse_args()
     torch.set_num_threads(own_threads())
-    work = alone if given.nets else compared
-    parts = [memory(given.device)] if given.memory else [work(given, features) for features in numbers(given.features)]
+    each = memory if given.memory else alone if given.nets else compared
+    parts = [each(given, features) for features in numbers(given.features)]
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     if given.out:
         # a process of its own, because the largest resident set is that of a whole life
-        command = [sys.executable, __file__, "--memory", "--device", given.device]
+        command = [sys.executable, __file__, "--memory", "--features", "2", "--patch", "64,128,128", "--device", given.device]
         text += "\n\n" + subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         write(given.out, "Prediction of one head CT, from HU to mask", text)
 
@@ -250,7 +250,7 @@ def tiles(case: Case, prepare: PrepareRecipe, plan: Plan) -> list[tuple[int, ...
     return list(product(*(tile_starts(max(n, p), p, 0.5) for n, p in zip(shape, plan.patch_size, strict=True))))
 
 
-def memory(device: str) -> Iterator[str]:
+def memory(given: argparse.Namespace, features: int) -> Iterator[str]:
     """Largest resident set of predicting 512 x 512 x 400 voxels with two classes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     rng = np.random.default_rng(0)
@@ -260,13 +260,17 @@ def memory(device: str) -> Iterator[str]:
     affine = np.array([[0, 0, -0.5, 0], [0, -0.5, 0, 0], [0.6, 0, 0, 0], [0, 0, 0, 1]])
     case = Case("large", image, None, Grid((400, 512, 512), affine))
     small = Case("small", image[:, :32, :64, :64], np.ones((32, 64, 64), np.int16), Grid((32, 64, 64), affine))
-    recipe = PlanRecipe(patch_size=(64, 128, 128), spacing_mm=(0.7, 0.6, 0.6), base_features=2, max_features=8)
-    plan = replace(make_plan(fingerprint(iter([small])), recipe, ("CT",), 2, 1), patch_size=(64, 128, 128))
+    patch = numbers(given.patch)
+    recipe = PlanRecipe(patch_size=patch, spacing_mm=(0.7, 0.6, 0.6), base_features=features, max_features=10 * features)
+    plan = replace(make_plan(fingerprint(iter([small])), recipe, ("CT",), 2, 1), patch_size=patch)
     network = make_unet(plan, NetworkRecipe())
     began = time.process_time()
-    mask = predict_unet(case, Tools(InferenceRecipe(mirror=False, tile_step=1.0), PrepareRecipe(), plan, (network,), device)).labels_zyx
+    mask = predict_unet(
+        case, Tools(InferenceRecipe(mirror=False, tile_step=1.0), PrepareRecipe(), plan, (network,), given.device)
+    ).labels_zyx
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    yield f"512 x 512 x 400 CT, two classes, working grid at {plan.spacing} mm, features {plan.features}: at most {peak:.2f} GB resident"
+    yield f"512 x 512 x 400 CT, two classes, working grid at {plan.spacing} mm, patch {plan.patch_size}, features {plan.features}:"
+    yield f"at most {peak:.2f} GB resident"
     yield f"(before the case was made: {before:.2f} GB; {time.process_time() - began:.0f} s; mask of {0 if mask is None else mask.shape})."
 
 
