@@ -65,6 +65,71 @@ def test_regions_and_ignore_of_a_dataset_json(tmp_path: Path) -> None:
     assert find_in_folders(hidden, predictions, tmp_path / "dataset.json").steps == ()
 
 
+def cohort(folder: Path, declared: dict[str, object] | None, **rows: str) -> Path:
+    """A folder with a cohort.csv (and, where something is declared, a cohort.json) whose masks lie in `masks`."""
+    folder.mkdir()
+    write(folder / "masks", **rows)
+    lines = [f"{name},masks/{name}.nii.gz,masks/{name}.nii.gz" for name in rows]
+    (folder / "cohort.csv").write_text("\n".join(["id,image,mask", *lines]) + "\n")
+    if declared is not None:
+        (folder / "cohort.json").write_text(json.dumps(declared))
+    return folder
+
+
+def instance(folder: Path, declared: dict[str, object], **rows: str) -> Path:
+    """An INSTANCE folder with a cohort.json."""
+    folder.mkdir()
+    write(folder / "data", **rows)
+    write(folder / "label", **rows)
+    (folder / "cohort.json").write_text(json.dumps(declared))
+    return folder
+
+
+WHOLE = {"labels": {"background": 0, "whole": [1, 2]}, "regions_class_order": [1]}
+
+
+@pytest.mark.parametrize("layout", [cohort, instance, "labelsTr"])
+def test_what_a_cohort_declares_decides_the_choice(tmp_path: Path, layout: object) -> None:
+    """One has the whole bleed but calls all of it core; as plain labels the other would win (Dice 1/3 against 5/6)."""
+    if callable(layout):
+        reference = layout(tmp_path / "reference", WHOLE, a="0112200")
+    else:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/dataset.json").write_text(json.dumps(WHOLE))
+        reference = write(tmp_path / "data/labelsTr", a="0112200")
+    one, two = write(tmp_path / "one", a="0222200"), write(tmp_path / "two", a="0112000")
+    found = select_folders(reference, {"one": one, "two": two}, pairs=False)
+    assert found.scores == {("one",): 1.0, ("two",): pytest.approx(6 / 7)}
+    (tmp_path / "ds.json").write_text(json.dumps(WHOLE))
+    assert select_folders(reference, {"one": one, "two": two}, tmp_path / "ds.json", pairs=False) == found
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        select_folders(reference, {"one": one, "two": two}, tmp_path / "none.json", pairs=False)
+
+
+@pytest.mark.parametrize("layout", [cohort, instance])
+def test_label_maps_and_the_ignore_label_of_a_cohort(tmp_path: Path, layout: object) -> None:
+    """BHSD's five labels as one, and a sixth that nobody scores: so for a choice with pairs as for a rule."""
+    assert callable(layout)
+    declared = {"labels": {"background": 0, "ich": 1, "ignore": 2}, "label_map": {"5": 1, "6": 2}}
+    reference = layout(tmp_path / "reference", declared, a="0510006")
+    one, two = write(tmp_path / "one", a="0110001"), write(tmp_path / "two", a="0110010")
+    probabilities(one, "a", [0, 0.9, 0.9, 0, 0, 0, 0.9])
+    probabilities(two, "a", [0, 0.9, 0.9, 0, 0, 0.6, 0])
+    found = select_folders(reference, {"one": one, "two": two})
+    assert found.scores == {("one",): 1.0, ("two",): pytest.approx(0.8), ("one", "two"): 1.0}
+    # the stray voxel of one lies where nothing is known, so nothing is won by removing it; that of two is wrong
+    assert find_in_folders(reference, one).steps == ()
+    assert find_in_folders(reference, two).steps == ((1,),)
+
+
+def test_a_reference_with_values_that_nothing_declares(tmp_path: Path) -> None:
+    """Without a cohort.json a table's only label is 1; a 2 beside it would be counted nowhere."""
+    reference, one = cohort(tmp_path / "reference", None, a="0112"), write(tmp_path / "one", a="0112")
+    for what in (lambda: select_folders(reference, {"one": one}), lambda: find_in_folders(reference, one)):
+        with pytest.raises(InputError, match=r"a.nii.gz: holds the label values \[2\], but declared are \[0, 1\]"):
+            what()
+
+
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     reference = write(tmp_path / "reference", a="0110", b="0110")
     some = write(tmp_path / "some", a="0110")

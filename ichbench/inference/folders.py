@@ -14,7 +14,7 @@ from ichbench.cases.labels import LabelRules, Target, plain_rules, read_rules
 from ichbench.errors import InputError
 from ichbench.inference.postprocess import Labels, Postprocessing, find_postprocessing
 from ichbench.inference.select import Candidate, Selection, find_best
-from ichbench.scoring.layouts import case_id, files_by_case, find_pairs, references_in
+from ichbench.scoring.layouts import case_id, files_by_case, find_pairs, references_in, rules_in
 
 
 def find_in_folders(
@@ -27,9 +27,11 @@ def find_in_folders(
         raise InputError(f"{predictions} holds no prediction of {len(missing)} cases ({', '.join(missing[:5])}); the rule is found on all")
     files = {pair.case: (Path(str(pair.reference)), Path(str(pair.prediction))) for pair in pairing.pairs}
 
+    declared = [value for values in (pairing.labels or {}).values() for value in (values if isinstance(values, tuple) else (values,))]
+    known = {0, *declared} if declared else None
+
     def load(case: str) -> tuple[Labels, Labels]:
-        truth = _mapped(read_labels(files[case][0], keep_file_order=True)[0], pairing.label_map)
-        return truth, _on_grid_of(files[case][0], files[case][1])
+        return _reference(files[case][0], pairing.label_map, known), _on_grid_of(files[case][0], files[case][1])
 
     targets: Sequence[Target]
     if pairing.labels is None:
@@ -71,8 +73,11 @@ def select_folders(
 
     The arrays (heads, z, y, x) are float and in file order, as nnUNetv2_predict --save_probabilities writes them.
     """
-    references, (_, label_map) = references_in(reference)
-    rules = _rules(dataset_json or reference / "dataset.json", references)
+    references, (_, label_map) = references_in(reference, dataset_json)
+    rules = rules_in(reference) if dataset_json is None else _rules(dataset_json)
+    if rules is None:
+        highest = max(int(read_labels(file)[0].max()) for file in references.values())
+        rules = plain_rules(max(highest, 1) + 1)
     candidates = []
     for name, folder in models.items():
         masks = files_by_case(folder)
@@ -90,7 +95,7 @@ def select_folders(
         candidates.append(Candidate(name, mask, probabilities if every else None))
 
     def truth(case: str) -> Labels:
-        return _mapped(read_labels(references[case], keep_file_order=True)[0], label_map)
+        return _reference(references[case], label_map, {*rules.labels, *(() if rules.ignore is None else (rules.ignore,))})
 
     return find_best(candidates, list(references), truth, rules, pairs, compatibility)
 
@@ -126,7 +131,7 @@ def average_folders(
         raise InputError(f"--out {out} is one of the folders to average; give another")
     if there and not overwrite:
         raise InputError(f"{there[0]} exists already; give a new folder with --out, or --overwrite")
-    declared = None if dataset_json is None else _rules(dataset_json, {})
+    declared = None if dataset_json is None else _rules(dataset_json)
     for case in cases:
         for found in masks[1:]:
             _on_grid_of(masks[0][case], found[case])
@@ -143,10 +148,7 @@ def average_folders(
         yield targets[case]
 
 
-def _rules(path: Path, references: Mapping[str, Path]) -> LabelRules:
-    if not path.is_file() and references:
-        highest = max(int(read_labels(file)[0].max()) for file in references.values())
-        return plain_rules(max(highest, 1) + 1)
+def _rules(path: Path) -> LabelRules:
     try:
         table = json.loads(path.read_text(encoding="utf-8-sig"))
         declared, order = table["labels"], table.get("regions_class_order")
@@ -179,8 +181,14 @@ def _on_grid_of(reference: Path, prediction: Path) -> Labels:
     return predicted
 
 
-def _mapped(labels: Labels, label_map: Mapping[int, int] | None) -> Labels:
+def _reference(path: Path, label_map: Mapping[int, int] | None, known: set[int] | None) -> Labels:
+    """A reference mask, its values mapped; InputError for a value that is not `known`, which no score would count."""
+    labels = read_labels(path, keep_file_order=True)[0]
     mapped = labels.copy()
     for old, new in (label_map or {}).items():
         mapped[labels == old] = new
+    # background is most of a mask, and sorting it is slow
+    unknown = sorted({int(value) for value in np.unique(mapped[mapped != 0])} - known) if known is not None else []
+    if unknown and known is not None:
+        raise InputError(f"{path}: holds the label values {unknown}, but declared are {sorted(known)}; correct the mask or declare them")
     return mapped
