@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from model_folders import small_plan, write_model
+from model_folders import REGIONS, small_plan, write_model
 
 from ichbench.cases.case import Grid
 from ichbench.cases.images import read_labels, write_image, write_labels
@@ -234,6 +234,74 @@ def test_an_ensemble_of_regions_with_a_rule(tmp_path: Path) -> None:
     assert row(tmp_path / "tidy/a.nii.gz") == "0120000"
     with pytest.raises(InputError, match="declares no labels"):
         run("ensemble", *folders, "--dataset-json", tmp_path / "none.json", "--out", tmp_path / "new")
+
+
+def without_labels(folder: Path) -> None:
+    """As nnU-Net writes an archive: the probabilities alone."""
+    for path in folder.glob("*.npz"):
+        with np.load(path) as archive:
+            table = archive["probabilities"]
+        np.savez(path, probabilities=table)
+
+
+def test_an_ensemble_of_regions_knows_them(tmp_path: Path) -> None:
+    """Heads of regions are painted, not compared: by what the archives say, or a dataset.json beside them, as nnU-Net leaves it."""
+    grid = Grid((6, 20, 22), np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
+    write_image(tmp_path / "p_0000.nii.gz", np.random.default_rng(0).normal(40, 30, grid.shape_zyx).astype(np.float32), grid)
+    folders, tables = [tmp_path / "one", tmp_path / "two"], []
+    for seed, folder in enumerate(folders):
+        write_model(tmp_path / f"model{seed}", small_plan(), labels=REGIONS, order=[1, 2], seed=seed)
+        run("predict", tmp_path / f"model{seed}", tmp_path / "p_0000.nii.gz", "--out", folder, "--device", "cpu", "--probabilities")
+        tables.append(np.load(folder / "p.npz")["probabilities"])
+    whole, core = (tables[0] + tables[1]) / 2 > 0.5
+    expected = np.where(core, 2, whole)
+    assert set(np.unique(expected)) == {0, 1, 2}
+
+    def made(out: str) -> np.ndarray:
+        run("ensemble", *folders, "--out", tmp_path / out)
+        return read_labels(tmp_path / out / "p.nii.gz")[0]
+
+    np.testing.assert_array_equal(made("mean"), expected)
+    write_model(tmp_path / "other", small_plan(), labels=REGIONS, order=[2, 1])
+    run("predict", tmp_path / "other", tmp_path / "p_0000.nii.gz", "--out", tmp_path / "third", "--device", "cpu", "--probabilities")
+    with pytest.raises(InputError, match=r"one/p.npz and .*third/p.npz are of models with other labels or regions"):
+        run("ensemble", *folders, tmp_path / "third", "--out", tmp_path / "new")
+    (tmp_path / "plain.json").write_text(json.dumps({"labels": {"background": 0, "ich": 1}}))
+    with pytest.raises(InputError, match=r"p.npz: its heads are the regions .*, but asked for are the labels \[0, 1\]"):
+        run("ensemble", *folders, "--dataset-json", tmp_path / "plain.json", "--out", tmp_path / "new")
+    # masks of 0 and 1 alone need two heads, as there are
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    write_labels(reference / "p.nii.gz", whole, grid)
+    with pytest.raises(InputError, match=r"p.npz: its heads are the regions"):
+        run("select", reference, f"m1={folders[0]}", f"m2={folders[1]}")
+    for folder in folders:
+        without_labels(folder)
+    for words in (("ensemble", *folders, "--out", tmp_path / "new"), ("select", reference, f"m1={folders[0]}", f"m2={folders[1]}")):
+        with pytest.raises(InputError, match=r"one/p.npz: its 2 heads .* as of regions; declare the model's labels with --dataset-json"):
+            run(*words)
+    assert not (tmp_path / "new").exists()
+    (folders[1] / "dataset.json").write_text(json.dumps({"labels": REGIONS, "regions_class_order": [1, 2]}))
+    np.testing.assert_array_equal(made("mean2"), expected)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "npy", "text", "labels"])
+def test_damaged_archives_are_one_message(tmp_path: Path, damage: str) -> None:
+    folders = [write(tmp_path / name, a="0110") for name in ("one", "two")]
+    for folder in folders:
+        probabilities(folder, "a", [0, 0.9, 0.4, 0])
+    path = folders[1] / "a.npz"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-30])
+    elif damage == "npy":
+        with path.open("wb") as stream:
+            np.save(stream, np.zeros((2, 1, 1, 4), np.float32))
+    elif damage == "labels":
+        np.savez(path, probabilities=np.load(path)["probabilities"], labels=np.array("[1]"))
+    else:
+        path.write_text("" if damage == "empty" else "probabilities")
+    with pytest.raises(InputError, match=r"two/a.npz is not an archive with the array 'probabilities'"):
+        run("ensemble", *folders, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("order", ["kji", "ikj"])

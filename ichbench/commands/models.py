@@ -98,7 +98,7 @@ def select(
 def ensemble(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="what ichbench predict --probabilities wrote, one per model")],
     out: Annotated[Path, typer.Option(help="folder for the masks")],
-    dataset_json: Annotated[Path | None, typer.Option(help="labels or regions (default: one label per output)")] = None,
+    dataset_json: Annotated[Path | None, typer.Option(help="labels or regions, where the archives do not say them")] = None,
     rule: Annotated[Path | None, typer.Option(help="what `ichbench postprocess find` wrote for this ensemble")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks that exist")] = False,
 ) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ichbench.cases.images import read_grid, read_labels, write_labels
 from ichbench.cases.labels import LabelRules, Target, plain_rules, read_rules
 from ichbench.errors import InputError
+from ichbench.inference.archives import archived_rules, read_probabilities, same_heads
 from ichbench.inference.postprocess import Labels, Postprocessing, find_postprocessing
 from ichbench.inference.select import Candidate, Selection, find_best
 from ichbench.scoring.layouts import case_id, files_by_case, find_pairs, references_in, rules_in
@@ -89,7 +90,7 @@ def select_folders(
             return _on_grid_of(references[case], masks[case])
 
         def probabilities(case: str, folder: Path = folder) -> NDArray[np.floating]:
-            return _read_probabilities(folder / f"{case}.npz")
+            return read_probabilities(folder / f"{case}.npz", rules)
 
         every = all((folder / f"{case}.npz").is_file() for case in references)
         candidates.append(Candidate(name, mask, probabilities if every else None))
@@ -106,7 +107,8 @@ def average_folders(
     """The masks of the mean of several models' probabilities, case by case, as `ichbench predict --probabilities` left them.
 
     Every folder holds `<case>.npz` and `<case>.nii.gz` (or .nii) of the same cases; masks lie on the grid of the first folder's.
-    Labels are one per output, unless `dataset_json` declares others or regions. Nothing is computed when a target exists already.
+    What the outputs mean is what `dataset_json` declares, else what the archives say (or a `dataset.json` beside them), else plain
+    labels. Nothing is computed when a target exists already.
     """
     # imported here: what only finds a rule for masks needs no torch
     from ichbench.inference.ensemble import check_heads, mean_probabilities
@@ -131,21 +133,34 @@ def average_folders(
         raise InputError(f"--out {out} is one of the folders to average; give another")
     if there and not overwrite:
         raise InputError(f"{there[0]} exists already; give a new folder with --out, or --overwrite")
-    declared = None if dataset_json is None else _rules(dataset_json)
+    archives = [folder / f"{case}.npz" for case in cases for folder in folders]
+    rules = _rules_of(archives) if dataset_json is None else _rules(dataset_json)
     for case in cases:
         for found in masks[1:]:
             _on_grid_of(masks[0][case], found[case])
         grid = read_grid(masks[0][case], keep_file_order=True)
-        mean = mean_probabilities(_read_probabilities(folder / f"{case}.npz") for folder in folders)
+        mean = mean_probabilities(read_probabilities(folder / f"{case}.npz", rules) for folder in folders)
         if mean.shape[1:] != grid.shape_zyx:
             raise InputError(f"case {case}: probabilities of shape {mean.shape} do not fit the mask {masks[0][case]} of {grid.shape_zyx}")
-        rules = plain_rules(len(mean)) if declared is None else declared
-        check_heads(len(mean), rules)
-        labels = rules.from_probabilities(mean)
+        meaning = plain_rules(len(mean)) if rules is None else rules
+        check_heads(len(mean), meaning)
+        labels = meaning.from_probabilities(mean)
         labels = labels if rule is None else rule.apply(labels).astype(np.int16)
         out.mkdir(parents=True, exist_ok=True)
         write_labels(targets[case], labels, grid)
         yield targets[case]
+
+
+def _rules_of(archives: Sequence[Path]) -> LabelRules | None:
+    """What the archives say of their heads, in which all that say something must agree."""
+    found: tuple[Path, LabelRules] | None = None
+    for path in archives:
+        said = archived_rules(path)
+        if found is None:
+            found = None if said is None else (path, said)
+        elif said is not None and not same_heads(found[1], said):
+            raise InputError(f"{found[0]} and {path} are of models with other labels or regions; only models of one task can be averaged")
+    return None if found is None else found[1]
 
 
 def _rules(path: Path) -> LabelRules:
@@ -155,19 +170,6 @@ def _rules(path: Path) -> LabelRules:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} declares no labels ({error!r}); give nnU-Net's dataset.json") from None
     return read_rules(declared, order, path)
-
-
-def _read_probabilities(path: Path) -> NDArray[np.floating]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            table: NDArray[np.floating] = archive["probabilities"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not an archive with the array 'probabilities' ({error})") from None
-    if table.ndim != 4 or table.dtype.kind != "f" or not np.isfinite(table).all():
-        raise InputError(
-            f"{path}: 'probabilities' has shape {table.shape} and type {table.dtype}; needed are finite floats (heads, z, y, x)"
-        )
-    return table
 
 
 def _on_grid_of(reference: Path, prediction: Path) -> Labels:

@@ -7,7 +7,6 @@ fold_0/final.safetensors, ...             those of several, whose logits are ave
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ichbench.cases.case import Case, Grid
-from ichbench.cases.files import write_atomically
+from ichbench.cases.case import Case
 from ichbench.cases.images import read_image, reorient, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import CaseError, InputError
+from ichbench.inference.archives import write_probabilities
 from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import UNet, check_topology, make_unet
@@ -305,21 +304,12 @@ def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Pa
     case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
     if probabilities:
         prediction, table = predict_with_probabilities(case, model.tools)
-        _write_probabilities(_archive(target), table, case.grid)
+        write_probabilities(_archive(target), table, case.grid, model.tools.rules)
     else:
         prediction = predict_unet(case, model.tools)
     labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
     write_labels(target, labels, case.grid)
     return Predicted(target, float(np.count_nonzero(labels)) * case.grid.voxel_ml, notes + prediction.notes)
-
-
-def _write_probabilities(path: Path, table: NDArray[np.float32], grid: Grid) -> None:
-    """`probabilities` (heads, k, j, i): in the file's own axis order, slowest axis first, as nnU-Net's archives have them."""
-    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
-    to_file = [1 + grid.file_axes.index(axis) for axis in (2, 1, 0)]
-    packed = io.BytesIO()
-    np.savez_compressed(packed, probabilities=np.transpose(table[(slice(None), *flips)], (0, *to_file)))
-    write_atomically(path, packed.getvalue())
 
 
 def _archive(mask: Path) -> Path:
