@@ -171,14 +171,17 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
 
     A model of several channels takes the files `case_0000.nii.gz`, `case_0001.nii.gz`, ...; one of them names the case.
     With `probabilities` an archive `<mask's name>.npz` lies beside each mask, as nnU-Net writes it. Files that exist are refused
-    before anything is computed, unless `overwrite` is set. In a folder a case that fails does not stop the others: CaseError
+    before anything is computed, unless `overwrite` is set: then mask and archive of a case are removed before it is computed, so that
+    neither outlives the mask it belongs to, or a case that fails. In a folder a case that fails does not stop the others: CaseError
     names all that failed at the end.
     """
     check_precision(model.tools.inference, model.tools.device)
     cases = find_images(image, model.channel_names)
-    targets = _targets(cases, image, out, probabilities, overwrite)
+    targets = _targets(cases, image, out, overwrite)
     failed: dict[str, Exception] = {}
     for case_id, files in cases.items():
+        for old in (targets[case_id], _archive(targets[case_id])):
+            old.unlink(missing_ok=True)
         try:
             done = _predict_files(model, case_id, files, targets[case_id], probabilities)
         except (InputError, CaseError) as error:
@@ -192,7 +195,7 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
         raise CaseError(f"{len(failed)} of {len(cases)} cases have no mask; the others were written{said}")
 
 
-def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, probabilities: bool, overwrite: bool) -> Mapping[str, Path]:
+def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, overwrite: bool) -> Mapping[str, Path]:
     """Case -> its mask's file; InputError for an `--out` that fits no input, an input among the targets, or an existing file."""
     named = out.name.endswith(SUFFIXES)
     if not out.is_dir():
@@ -205,7 +208,8 @@ def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, prob
     single = named and not image.is_dir() and not out.is_dir()
     targets = {case_id: out if single else out / (case_id + _suffix(files[0])) for case_id, files in cases.items()}
     sources = {source.resolve(): source for files in cases.values() for source in files}
-    written = [*targets.values(), *(_archive(target) for target in targets.values() if probabilities)]
+    # an archive that is there belongs to another mask, also where none is written
+    written = [*targets.values(), *(_archive(target) for target in targets.values())]
     for target in written:
         if target.resolve() in sources:
             raise InputError(f"--out {out} would overwrite the image {sources[target.resolve()]}; give another file or folder")
