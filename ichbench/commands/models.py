@@ -148,7 +148,7 @@ def nnunet_export(
         typer.echo(f"note: {note}")
     if done.images:
         typer.echo(f"{len(done.images)} prepared images in {done.images[0].parent}")
-    typer.echo(f"\nwritten: {done.folder}; use it with: nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m {done.folder}")
+    typer.echo(f"\nwritten: {done.folder}; use it with: {done.command}")
 
 
 def _check_compatibility(compatibility: str) -> None:
