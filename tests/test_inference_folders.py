@@ -106,6 +106,23 @@ def test_what_a_cohort_declares_decides_the_choice(tmp_path: Path, layout: objec
         select_folders(reference, {"one": one, "two": two}, tmp_path / "none.json", pairs=False)
 
 
+def test_a_data_set_with_test_labels_says_where_the_training_labels_are(tmp_path: Path) -> None:
+    """What comes to a choice or a rule is cross-validated, so of training cases."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "dataset.json").write_text(json.dumps(WHOLE))
+    write(data / "labelsTr", a="0112200")
+    write(data / "labelsTs", t="0112200", u="0112200")
+    for one in (write(tmp_path / "one", a="0222200"), write(tmp_path / "two", a="0222200", t="0112200")):
+        hint = r"1 match .*labelsTr: give that folder, with --dataset-json .*data/dataset.json"
+        with pytest.raises(InputError, match=rf"no mask of . cases \((t, )?u\); models are compared on all masks in .*labelsTs. {hint}"):
+            select_folders(data, {"m": one})
+        with pytest.raises(InputError, match=hint):
+            find_in_folders(data, one)
+        assert select_folders(data / "labelsTr", {"m": one}).scores == {("m",): 1.0}
+        assert [trial.before for trial in find_in_folders(data / "labelsTr", one).trials] == [1.0]
+
+
 @pytest.mark.parametrize("layout", [cohort, instance])
 def test_label_maps_and_the_ignore_label_of_a_cohort(tmp_path: Path, layout: object) -> None:
     """BHSD's five labels as one, and a sixth that nobody scores: so for a choice with pairs as for a rule."""

@@ -15,7 +15,7 @@ from ichbench.errors import InputError
 from ichbench.inference.archives import archived_rules, read_probabilities, same_heads
 from ichbench.inference.postprocess import Labels, Postprocessing, find_postprocessing
 from ichbench.inference.select import Candidate, Selection, find_best
-from ichbench.scoring.layouts import case_id, files_by_case, find_pairs, references_in, rules_in
+from ichbench.scoring.layouts import case_id, elsewhere, files_by_case, find_pairs, references_in, rules_in
 
 
 def find_in_folders(
@@ -25,7 +25,11 @@ def find_in_folders(
     pairing = find_pairs(reference, predictions, dataset_json)
     missing = [pair.case for pair in pairing.pairs if pair.prediction is None]
     if missing:
-        raise InputError(f"{predictions} holds no prediction of {len(missing)} cases ({', '.join(missing[:5])}); the rule is found on all")
+        used = Path(str(pairing.pairs[0].reference)).parent
+        raise InputError(
+            f"{predictions} holds no prediction of {len(missing)} cases ({', '.join(missing[:5])}); the rule is found on all of {used}"
+            + elsewhere(reference, used, files_by_case(predictions))
+        )
     files = {pair.case: (Path(str(pair.reference)), Path(str(pair.prediction))) for pair in pairing.pairs}
 
     declared = [value for values in (pairing.labels or {}).values() for value in (values if isinstance(values, tuple) else (values,))]
@@ -84,7 +88,11 @@ def select_folders(
         masks = files_by_case(folder)
         missing = sorted(references.keys() - masks.keys())
         if missing:
-            raise InputError(f"{folder} holds no mask of {len(missing)} cases ({', '.join(missing[:5])}); models are compared on all")
+            used = references[missing[0]].parent
+            raise InputError(
+                f"{folder} holds no mask of {len(missing)} cases ({', '.join(missing[:5])}); models are compared on all masks in {used}"
+                + elsewhere(reference, used, masks)
+            )
 
         def mask(case: str, masks: Mapping[str, Path] = masks) -> Labels:
             return _on_grid_of(references[case], masks[case])

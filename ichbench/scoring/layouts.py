@@ -81,7 +81,7 @@ def find_pairs(reference: Path, prediction: Path, dataset_json: Path | None = No
         example = references[min(references)]
         raise InputError(
             f"{prediction} holds no prediction for any of the {len(references)} references in {example.parent}; files must bear the "
-            f"references' names, such as {example.name}" + _elsewhere(reference, example.parent, predictions)
+            f"references' names, such as {example.name}" + elsewhere(reference, example.parent, predictions)
         )
     pairs = tuple(Pair(case, path, predictions.get(case)) for case, path in sorted(references.items()))
     extra = tuple(path for case, path in sorted(predictions.items()) if case not in matched)
@@ -244,7 +244,7 @@ def _declared(path: Path) -> tuple[Labels, Mapping[int, int] | None]:
     return check_labels(content["labels"], str(path)), {int(old): new for old, new in mapping.items()}
 
 
-def _elsewhere(reference: Path, used: Path, predictions: Mapping[str, Path]) -> str:
+def elsewhere(reference: Path, used: Path, predictions: Mapping[str, Path]) -> str:
     """A word on the training labels of a data set, where it is those that the predictions match."""
     other = reference / "labelsTr"
     if used.name != "labelsTs" or not other.is_dir():
