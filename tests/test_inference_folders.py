@@ -55,6 +55,27 @@ def test_find_and_apply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         run("postprocess", "find", reference, predictions, "--rule", tmp_path / "rule.json")
 
 
+def test_an_out_that_is_named_like_a_file(tmp_path: Path) -> None:
+    """It is a file for one mask, and no name of a folder."""
+    masks = write(tmp_path / "masks", a="0110100", b="0110100")
+    rule = Postprocessing(((1,),))
+    assert list(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "new/one.nii")) == [(tmp_path / "new/one.nii", 1)]
+    assert row(tmp_path / "new/one.nii") == "0110000"
+    with pytest.raises(InputError, match=r"one.nii exists already; .* nothing is overwritten"):
+        list(apply_to_folder(rule, masks / "b.nii.gz", tmp_path / "new/one.nii"))
+    for folder in (masks, write(tmp_path / "others", a="0110100")):
+        probabilities(folder, "a", [0, 1, 1, 0, 1, 0, 0])
+    (tmp_path / "notes").write_text("")
+    for name in ("out.nii.gz", "notes"):
+        with pytest.raises(InputError, match=f"{name} is a file or named like one; give a folder"):
+            list(apply_to_folder(rule, masks, tmp_path / name))
+        with pytest.raises(InputError, match=f"{name} is a file or named like one; give a folder"):
+            run("ensemble", masks, tmp_path / "others", "--out", tmp_path / name)
+    with pytest.raises(InputError, match="notes is a file or named like one"):
+        list(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "notes"))
+    assert next(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "folder"))[0] == tmp_path / "folder/a.nii.gz"
+
+
 def test_regions_and_ignore_of_a_dataset_json(tmp_path: Path) -> None:
     declared = {"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]}
     (tmp_path / "dataset.json").write_text(json.dumps(declared))

@@ -154,3 +154,13 @@ def test_a_model_of_turned_cases_takes_every_orientation(tmp_path: Path) -> None
     np.testing.assert_array_equal(one.image_czyx, other.image_czyx)
     with pytest.raises(InputError, match="store the image in the model's orientation"):
         read_case("other", [tmp_path / "other.nii.gz"], PrepareRecipe(), "RAS")
+
+
+def test_an_image_that_does_not_say_where_its_axes_point(model: Model, tmp_path: Path) -> None:
+    """A network that has seen heads in one orientation needs to know; the file is named, and what is to be done."""
+    image = nibabel.Nifti1Image(np.random.default_rng(0).normal(40, 20, (22, 20, 6)).astype(np.float32), np.diag([1, 1, 5, 1]))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nibabel.save(image, tmp_path / "bare.nii.gz")
+    with pytest.raises(InputError, match=r"bare.nii.gz: without sform and qform .*; write one of them$"):
+        list(predict_path(model, tmp_path / "bare.nii.gz", tmp_path / "out"))

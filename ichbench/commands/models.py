@@ -61,7 +61,7 @@ def find(
 def apply(
     predictions: Annotated[Path, typer.Argument(help="one mask, or a folder of them")],
     rule: Annotated[Path, typer.Option(help="what `ichbench postprocess find` wrote")],
-    out: Annotated[Path, typer.Option(help="new folder for the masks")],
+    out: Annotated[Path, typer.Option(help="new folder for the masks, or a new file for one mask")],
 ) -> None:
     """Apply a rule to masks; prints how many voxels each lost."""
     from ichbench.inference.folders import apply_to_folder

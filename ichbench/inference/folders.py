@@ -15,7 +15,7 @@ from ichbench.errors import InputError
 from ichbench.inference.archives import archived_rules, read_probabilities, same_heads
 from ichbench.inference.postprocess import Labels, Postprocessing, find_postprocessing
 from ichbench.inference.select import Candidate, Selection, find_best
-from ichbench.scoring.layouts import case_id, elsewhere, files_by_case, find_pairs, references_in, rules_in
+from ichbench.scoring.layouts import SUFFIXES, case_id, elsewhere, files_by_case, find_pairs, references_in, rules_in
 
 
 def find_in_folders(
@@ -55,14 +55,20 @@ def find_in_folders(
 
 
 def apply_to_folder(rule: Postprocessing, predictions: Path, out: Path) -> Iterator[tuple[Path, int]]:
-    """Write every mask of a file or folder with the rule applied; yields the new file and how many voxels were removed."""
+    """Write every mask of a file or folder with the rule applied; yields the new file and how many voxels were removed.
+
+    `out` is a folder or, for a single mask, also a file name that ends in .nii.gz or .nii.
+    """
+    single = predictions.is_file() and out.name.endswith(SUFFIXES) and not out.is_dir()
+    if not single:
+        _check_folder(out)
     sources = list(files_by_case(predictions).values()) if predictions.is_dir() else [predictions]
     if not sources or not all(source.is_file() for source in sources):
         raise InputError(f"{predictions} holds no mask (.nii.gz or .nii)")
-    targets = [out / source.name for source in sources]
+    targets = [out if single else out / source.name for source in sources]
     there = [target for target in targets if target.exists()]
     if there:
-        raise InputError(f"{there[0]} exists already; give a new folder with --out, nothing is overwritten")
+        raise InputError(f"{there[0]} exists already; give another --out, nothing is overwritten")
     for source, target in zip(sources, targets, strict=True):
         labels, grid = read_labels(source)
         kept = rule.apply(labels).astype(np.int16)
@@ -123,6 +129,7 @@ def average_folders(
 
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise InputError(f"an ensemble needs two folders or more, each once, but got {', '.join(map(str, folders))}")
+    _check_folder(out)
     masks = [files_by_case(folder) for folder in folders]
     cases = sorted({case for found in masks for case in found} | {path.stem for folder in folders for path in folder.glob("*.npz")})
     if not cases:
@@ -157,6 +164,11 @@ def average_folders(
         out.mkdir(parents=True, exist_ok=True)
         write_labels(targets[case], labels, grid)
         yield targets[case]
+
+
+def _check_folder(out: Path) -> None:
+    if not out.is_dir() and (out.exists() or out.name.endswith(SUFFIXES)):
+        raise InputError(f"--out {out} is a file or named like one; give a folder for the masks")
 
 
 def _rules_of(archives: Sequence[Path]) -> LabelRules | None:

@@ -292,10 +292,10 @@ def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_z
             notes.append(f"{path.name} lies elsewhere than {files[0].name}; the voxels were taken as they lie")
         volumes.append(volume)
     if not keep and recipe.reorient:
-        volumes, grid = reorient(volumes, grid)
+        volumes, grid = reorient(volumes, grid, files[0])
     elif not keep and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
         # the network has only seen heads that lie the way its cohort did; the grid remembers how to write the mask back
-        volumes, grid = reorient(volumes, grid)
+        volumes, grid = reorient(volumes, grid, files[0])
         if grid.axis_codes_zyx != axes_zyx:
             raise InputError(
                 f"{files[0]}: its axes (z, y, x) can be turned to {grid.axis_codes_zyx}, but the model was trained on {axes_zyx}; "
