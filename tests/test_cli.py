@@ -542,7 +542,7 @@ def test_nnunet_import_and_export(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "results/Dataset501_PHE/nnUNetTrainer__nnUNetPlans__3d_fullres"
     assert "fold_1: base-fold1-seed0" in done.stdout
-    assert f"nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m {folder}" in done.stdout
+    assert f"nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m {folder} -f 1\n" in done.stdout
     done = call("nnunet", "import", folder, "--out", tmp_path / "model", "--folds", "1")
     assert done.returncode == 0, done.stderr
     assert "nnUNetTrainer, fold 1, mirror axes [0, 1, 2]" in done.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from model_folders import small_plan, write_model
+from model_folders import REGIONS, small_plan, write_model
 
 from ichbench.cases.case import Grid
 from ichbench.cases.images import read_labels, write_image, write_labels
@@ -55,6 +55,27 @@ def test_find_and_apply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         run("postprocess", "find", reference, predictions, "--rule", tmp_path / "rule.json")
 
 
+def test_an_out_that_is_named_like_a_file(tmp_path: Path) -> None:
+    """It is a file for one mask, and no name of a folder."""
+    masks = write(tmp_path / "masks", a="0110100", b="0110100")
+    rule = Postprocessing(((1,),))
+    assert list(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "new/one.nii")) == [(tmp_path / "new/one.nii", 1)]
+    assert row(tmp_path / "new/one.nii") == "0110000"
+    with pytest.raises(InputError, match=r"one.nii exists already; .* nothing is overwritten"):
+        list(apply_to_folder(rule, masks / "b.nii.gz", tmp_path / "new/one.nii"))
+    for folder in (masks, write(tmp_path / "others", a="0110100")):
+        probabilities(folder, "a", [0, 1, 1, 0, 1, 0, 0])
+    (tmp_path / "notes").write_text("")
+    for name in ("out.nii.gz", "notes"):
+        with pytest.raises(InputError, match=f"{name} is a file or named like one; give a folder"):
+            list(apply_to_folder(rule, masks, tmp_path / name))
+        with pytest.raises(InputError, match=f"{name} is a file or named like one; give a folder"):
+            run("ensemble", masks, tmp_path / "others", "--out", tmp_path / name)
+    with pytest.raises(InputError, match="notes is a file or named like one"):
+        list(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "notes"))
+    assert next(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "folder"))[0] == tmp_path / "folder/a.nii.gz"
+
+
 def test_regions_and_ignore_of_a_dataset_json(tmp_path: Path) -> None:
     declared = {"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]}
     (tmp_path / "dataset.json").write_text(json.dumps(declared))
@@ -63,6 +84,88 @@ def test_regions_and_ignore_of_a_dataset_json(tmp_path: Path) -> None:
     assert find_in_folders(reference, predictions, tmp_path / "dataset.json").steps == ((1, 2),)
     hidden = write(tmp_path / "hidden", a="012103333")
     assert find_in_folders(hidden, predictions, tmp_path / "dataset.json").steps == ()
+
+
+def cohort(folder: Path, declared: dict[str, object] | None, **rows: str) -> Path:
+    """A folder with a cohort.csv (and, where something is declared, a cohort.json) whose masks lie in `masks`."""
+    folder.mkdir()
+    write(folder / "masks", **rows)
+    lines = [f"{name},masks/{name}.nii.gz,masks/{name}.nii.gz" for name in rows]
+    (folder / "cohort.csv").write_text("\n".join(["id,image,mask", *lines]) + "\n")
+    if declared is not None:
+        (folder / "cohort.json").write_text(json.dumps(declared))
+    return folder
+
+
+def instance(folder: Path, declared: dict[str, object], **rows: str) -> Path:
+    """An INSTANCE folder with a cohort.json."""
+    folder.mkdir()
+    write(folder / "data", **rows)
+    write(folder / "label", **rows)
+    (folder / "cohort.json").write_text(json.dumps(declared))
+    return folder
+
+
+WHOLE = {"labels": {"background": 0, "whole": [1, 2]}, "regions_class_order": [1]}
+
+
+@pytest.mark.parametrize("layout", [cohort, instance, "labelsTr"])
+def test_what_a_cohort_declares_decides_the_choice(tmp_path: Path, layout: object) -> None:
+    """One has the whole bleed but calls all of it core; as plain labels the other would win (Dice 1/3 against 5/6)."""
+    if callable(layout):
+        reference = layout(tmp_path / "reference", WHOLE, a="0112200")
+    else:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/dataset.json").write_text(json.dumps(WHOLE))
+        reference = write(tmp_path / "data/labelsTr", a="0112200")
+    one, two = write(tmp_path / "one", a="0222200"), write(tmp_path / "two", a="0112000")
+    found = select_folders(reference, {"one": one, "two": two}, pairs=False)
+    assert found.scores == {("one",): 1.0, ("two",): pytest.approx(6 / 7)}
+    (tmp_path / "ds.json").write_text(json.dumps(WHOLE))
+    assert select_folders(reference, {"one": one, "two": two}, tmp_path / "ds.json", pairs=False) == found
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        select_folders(reference, {"one": one, "two": two}, tmp_path / "none.json", pairs=False)
+
+
+def test_a_data_set_with_test_labels_says_where_the_training_labels_are(tmp_path: Path) -> None:
+    """What comes to a choice or a rule is cross-validated, so of training cases."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "dataset.json").write_text(json.dumps(WHOLE))
+    write(data / "labelsTr", a="0112200")
+    write(data / "labelsTs", t="0112200", u="0112200")
+    for one in (write(tmp_path / "one", a="0222200"), write(tmp_path / "two", a="0222200", t="0112200")):
+        hint = r"1 match .*labelsTr: give that folder, with --dataset-json .*data/dataset.json"
+        with pytest.raises(InputError, match=rf"no mask of . cases \((t, )?u\); models are compared on all masks in .*labelsTs. {hint}"):
+            select_folders(data, {"m": one})
+        with pytest.raises(InputError, match=hint):
+            find_in_folders(data, one)
+        assert select_folders(data / "labelsTr", {"m": one}).scores == {("m",): 1.0}
+        assert [trial.before for trial in find_in_folders(data / "labelsTr", one).trials] == [1.0]
+
+
+@pytest.mark.parametrize("layout", [cohort, instance])
+def test_label_maps_and_the_ignore_label_of_a_cohort(tmp_path: Path, layout: object) -> None:
+    """BHSD's five labels as one, and a sixth that nobody scores: so for a choice with pairs as for a rule."""
+    assert callable(layout)
+    declared = {"labels": {"background": 0, "ich": 1, "ignore": 2}, "label_map": {"5": 1, "6": 2}}
+    reference = layout(tmp_path / "reference", declared, a="0510006")
+    one, two = write(tmp_path / "one", a="0110001"), write(tmp_path / "two", a="0110010")
+    probabilities(one, "a", [0, 0.9, 0.9, 0, 0, 0, 0.9])
+    probabilities(two, "a", [0, 0.9, 0.9, 0, 0, 0.6, 0])
+    found = select_folders(reference, {"one": one, "two": two})
+    assert found.scores == {("one",): 1.0, ("two",): pytest.approx(0.8), ("one", "two"): 1.0}
+    # the stray voxel of one lies where nothing is known, so nothing is won by removing it; that of two is wrong
+    assert find_in_folders(reference, one).steps == ()
+    assert find_in_folders(reference, two).steps == ((1,),)
+
+
+def test_a_reference_with_values_that_nothing_declares(tmp_path: Path) -> None:
+    """Without a cohort.json a table's only label is 1; a 2 beside it would be counted nowhere."""
+    reference, one = cohort(tmp_path / "reference", None, a="0112"), write(tmp_path / "one", a="0112")
+    for what in (lambda: select_folders(reference, {"one": one}), lambda: find_in_folders(reference, one)):
+        with pytest.raises(InputError, match=r"a.nii.gz: holds the label values \[2\], but declared are \[0, 1\]"):
+            what()
 
 
 def test_folders_that_do_not_fit(tmp_path: Path) -> None:
@@ -172,6 +275,74 @@ def test_an_ensemble_of_regions_with_a_rule(tmp_path: Path) -> None:
             (tmp_path / "none.json").write_text(content)
         with pytest.raises(InputError, match=message):
             run("ensemble", *folders, "--dataset-json", tmp_path / "none.json", "--out", tmp_path / "new")
+
+
+def without_labels(folder: Path) -> None:
+    """As nnU-Net writes an archive: the probabilities alone."""
+    for path in folder.glob("*.npz"):
+        with np.load(path) as archive:
+            table = archive["probabilities"]
+        np.savez(path, probabilities=table)
+
+
+def test_an_ensemble_of_regions_knows_them(tmp_path: Path) -> None:
+    """Heads of regions are painted, not compared: by what the archives say, or a dataset.json beside them, as nnU-Net leaves it."""
+    grid = Grid((6, 20, 22), np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
+    write_image(tmp_path / "p_0000.nii.gz", np.random.default_rng(0).normal(40, 30, grid.shape_zyx).astype(np.float32), grid)
+    folders, tables = [tmp_path / "one", tmp_path / "two"], []
+    for seed, folder in enumerate(folders):
+        write_model(tmp_path / f"model{seed}", small_plan(), labels=REGIONS, order=[1, 2], seed=seed)
+        run("predict", tmp_path / f"model{seed}", tmp_path / "p_0000.nii.gz", "--out", folder, "--device", "cpu", "--probabilities")
+        tables.append(np.load(folder / "p.npz")["probabilities"])
+    whole, core = (tables[0] + tables[1]) / 2 > 0.5
+    expected = np.where(core, 2, whole)
+    assert set(np.unique(expected)) == {0, 1, 2}
+
+    def made(out: str) -> np.ndarray:
+        run("ensemble", *folders, "--out", tmp_path / out)
+        return read_labels(tmp_path / out / "p.nii.gz")[0]
+
+    np.testing.assert_array_equal(made("mean"), expected)
+    write_model(tmp_path / "other", small_plan(), labels=REGIONS, order=[2, 1])
+    run("predict", tmp_path / "other", tmp_path / "p_0000.nii.gz", "--out", tmp_path / "third", "--device", "cpu", "--probabilities")
+    with pytest.raises(InputError, match=r"one/p.npz and .*third/p.npz are of models with other labels or regions"):
+        run("ensemble", *folders, tmp_path / "third", "--out", tmp_path / "new")
+    (tmp_path / "plain.json").write_text(json.dumps({"labels": {"background": 0, "ich": 1}}))
+    with pytest.raises(InputError, match=r"p.npz: its heads are the regions .*, but asked for are the labels \[0, 1\]"):
+        run("ensemble", *folders, "--dataset-json", tmp_path / "plain.json", "--out", tmp_path / "new")
+    # masks of 0 and 1 alone need two heads, as there are
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    write_labels(reference / "p.nii.gz", whole, grid)
+    with pytest.raises(InputError, match=r"p.npz: its heads are the regions"):
+        run("select", reference, f"m1={folders[0]}", f"m2={folders[1]}")
+    for folder in folders:
+        without_labels(folder)
+    for words in (("ensemble", *folders, "--out", tmp_path / "new"), ("select", reference, f"m1={folders[0]}", f"m2={folders[1]}")):
+        with pytest.raises(InputError, match=r"one/p.npz: its 2 heads .* as of regions; declare the model's labels with --dataset-json"):
+            run(*words)
+    assert not (tmp_path / "new").exists()
+    (folders[1] / "dataset.json").write_text(json.dumps({"labels": REGIONS, "regions_class_order": [1, 2]}))
+    np.testing.assert_array_equal(made("mean2"), expected)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "npy", "text", "labels"])
+def test_damaged_archives_are_one_message(tmp_path: Path, damage: str) -> None:
+    folders = [write(tmp_path / name, a="0110") for name in ("one", "two")]
+    for folder in folders:
+        probabilities(folder, "a", [0, 0.9, 0.4, 0])
+    path = folders[1] / "a.npz"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-30])
+    elif damage == "npy":
+        with path.open("wb") as stream:
+            np.save(stream, np.zeros((2, 1, 1, 4), np.float32))
+    elif damage == "labels":
+        np.savez(path, probabilities=np.load(path)["probabilities"], labels=np.array("[1]"))
+    else:
+        path.write_text("" if damage == "empty" else "probabilities")
+    with pytest.raises(InputError, match=r"two/a.npz is not an archive with the array 'probabilities'"):
+        run("ensemble", *folders, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize("order", ["kji", "ikj"])

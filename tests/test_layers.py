@@ -90,6 +90,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "postprocess",
         "predictors",
         "select",
+        "archives",
         "folders",
         "model",
         "nnunet_import",

@@ -84,6 +84,35 @@ def test_instance_folders(tmp_path: Path) -> None:
     assert [(pair.case, pair.prediction is None) for pair in found.pairs] == [("001", True), ("002", False)]
 
 
+@pytest.mark.parametrize("where", ["one/label", "two/train_2/label"])
+def test_what_an_instance_folder_declares(tmp_path: Path, where: str) -> None:
+    """Its cohort.json, also for the folder of its masks alone; a --dataset-json wins."""
+    root = tmp_path / Path(where).parts[0]
+    touch(tmp_path / where, "001.nii.gz")
+    touch((tmp_path / where).with_name("data"), "001.nii.gz")
+    predictions = touch(tmp_path / "p", "001.nii.gz")
+    assert find_pairs(root, predictions).labels is None
+    (root / "cohort.json").write_text('{"labels": {"background": 0, "clot": 1, "ignore": 2}, "label_map": {"5": 1}}')
+    for place in (root, tmp_path / where):
+        found = find_pairs(place, predictions)
+        assert (found.labels, found.label_map) == ({"background": 0, "clot": 1, "ignore": 2}, {5: 1})
+        given = find_pairs(place, predictions, declare(tmp_path, CLOT))
+        assert (given.labels, given.label_map) == (CLOT, None)
+    (root / "cohort.json").write_text("{")
+    with pytest.raises(InputError, match=r"cohort.json: cannot be read as JSON"):
+        references_in(root)
+
+
+def test_the_masks_of_a_data_set_mean_what_its_dataset_json_says(tmp_path: Path) -> None:
+    labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    declare(tmp_path, labels, label_map={"5": 1})
+    for name in ("labelsTr", "labelsTs", "masks"):
+        found, (said, label_map) = references_in(touch(tmp_path / name, "a.nii.gz"))
+        assert list(found) == ["a"]
+        expected = (None, None) if name == "masks" else ({**labels, "whole": (1, 2)}, {5: 1})
+        assert (said, label_map) == expected
+
+
 def test_a_cohort_table(tmp_path: Path) -> None:
     touch(tmp_path / "x", "i.nii.gz", "m1.nii.gz", "m2.nii.gz")
     table = "id,image,mask,split\na,x/i.nii.gz,x/m1.nii.gz,{}\nb,x/i.nii.gz,x/m2.nii.gz,train\n"

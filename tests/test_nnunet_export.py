@@ -156,6 +156,34 @@ def test_both_checkpoints_and_the_recipes_depth_and_slope(tmp_path: Path) -> Non
         assert needed in said
 
 
+@pytest.mark.parametrize(
+    ("members", "folds"),
+    [
+        (["base-fold1-seed0", "base-fold3-seed0"], "-f 1 3"),
+        ([f"base-fold{fold}-seed0" for fold in range(10)], "-f 0 1 2 3 4 5 6 7 8 9"),
+        (["base-foldfull-seed0"], "-f 0"),
+    ],
+)
+def test_the_command_names_every_fold(tmp_path: Path, members: list[str], folds: str) -> None:
+    """nnU-Net's own default is 0 to 4: too many of one, too few of ten."""
+    for name in members:
+        write_model(tmp_path / "run/models" / name, small_plan(dims=2))
+    done = export_nnunet(tmp_path / "run/base", tmp_path / "out of here")
+    assert done.command == f"nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m '{done.folder}' {folds}"
+    assert [f"fold_{fold}" for fold in folds.split()[1:]] == sorted(path.name for path in done.folder.glob("fold_*"))
+
+
+def test_the_command_has_the_models_settings(tmp_path: Path) -> None:
+    overlay = {"inference": {"checkpoint": "best", "tile_step": 0.25}, "prepare": {"slice_extension": 1}}
+    model = write_model(tmp_path / "model", small_plan(), overlay=overlay, folds=("all",))
+    for suffix in (".safetensors", ".json"):
+        shutil.copyfile(model / f"fold_all/final{suffix}", model / f"fold_all/best{suffix}")
+    write_image(tmp_path / "images/a_0000.nii.gz", np.zeros(GRID.shape_zyx, np.float32), GRID)
+    done = export_nnunet(model, tmp_path / "out", with_prepared=tmp_path / "images")
+    assert done.command.endswith("-f all -chk checkpoint_best.pth -step_size 0.25")
+    assert f"-i {tmp_path}/out/Dataset777_Test/imagesPrepared -o MASKS" in done.command
+
+
 FLAGS = {
     "window": {"level_hu": 40.0, "width_hu": 80.0},
     "threshold": {"low_hu": 0.0, "high_hu": 90.0},

@@ -267,3 +267,23 @@ def test_prepare_writes_every_case_as_training_sees_it(small_phantom: Path, tmp_
         np.testing.assert_array_equal(own.labels_zyx, wanted.labels_zyx)
     again = CliRunner().invoke(app, ["prepare", str(small_phantom), "--out", str(out)])
     assert "not an empty folder" in str(again.exception)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_case_that_fails_leaves_no_half_made_folder(small_phantom: Path, tmp_path: Path, there: bool) -> None:
+    """A damaged test image is read last, when all else is prepared; once it is replaced the same command goes through."""
+    data, out = tmp_path / "data", tmp_path / "new/prepared"
+    shutil.copytree(small_phantom, data)
+    broken = sorted((data / "imagesTs").iterdir())[0]
+    good = broken.read_bytes()
+    broken.write_bytes(good[: len(good) // 2])
+    if there:
+        # what a killed process leaves
+        (out / ".prepare-1/prepared").mkdir(parents=True)
+    assert broken.name in refused("prepare", data, "--out", out, "--workers", "1")
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == (["prepared", ".prepare-1", "prepared"] if there else [])
+    broken.write_bytes(good)
+    done = CliRunner().invoke(app, ["prepare", str(data), "--out", str(out), "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in out.iterdir()} - {".prepare-1"} == {"cases", "fingerprint.json", "plan.json"}
+    assert len(list((out / "cases").iterdir())) == len(read_cohort(data).records)

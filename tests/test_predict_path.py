@@ -101,6 +101,32 @@ def test_one_bad_file_does_not_stop_the_others(model: Model, images: Path, tmp_p
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "c.nii.gz"]
 
 
+@pytest.mark.parametrize("probabilities", [True, False])
+def test_nothing_old_outlives_an_overwrite(model: Model, images: Path, tmp_path: Path, probabilities: bool) -> None:
+    """Neither the archive of another model beside a new mask, nor the mask and archive of a case that fails."""
+    out = tmp_path / "out"
+    list(predict_path(model, images, out, probabilities=True))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (images / "b_0000.nii.gz").write_bytes(b"no image")
+    other = load_model(write_model(tmp_path / "other", small_plan(), overlay={"inference": {"mirror": False}}, seed=1))
+    with pytest.raises(CaseError, match="1 of 3 cases have no mask"):
+        list(predict_path(other, images, out, probabilities, overwrite=True))
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(after) == (["a.nii.gz", "a.npz", "c.nii.gz", "c.npz"] if probabilities else ["a.nii.gz", "c.nii.gz"])
+    assert all(content != before[name] for name, content in after.items())
+    with pytest.raises(InputError, match="is not a NIfTI file"):
+        list(predict_path(other, images / "b_0000.nii.gz", out, overwrite=True))
+
+
+def test_an_archive_without_its_mask_is_refused_too(model: Model, images: Path, tmp_path: Path) -> None:
+    """It would come to lie beside a mask that it does not belong to."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.npz").write_bytes(b"another model's")
+    with pytest.raises(InputError, match=r"a.npz would be overwritten; nothing was computed"):
+        list(predict_path(model, images, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.npz"]
+
+
 def test_an_image_with_one_value_is_said_to_be_none(model: Model, images: Path, tmp_path: Path) -> None:
     write_image(images / "b_0000.nii.gz", np.zeros(GRID.shape_zyx, np.float32), GRID)
     with pytest.warns(ConstantImageWarning, match="every voxel of channel 0 is 0"):
@@ -128,3 +154,13 @@ def test_a_model_of_turned_cases_takes_every_orientation(tmp_path: Path) -> None
     np.testing.assert_array_equal(one.image_czyx, other.image_czyx)
     with pytest.raises(InputError, match="store the image in the model's orientation"):
         read_case("other", [tmp_path / "other.nii.gz"], PrepareRecipe(), "RAS")
+
+
+def test_an_image_that_does_not_say_where_its_axes_point(model: Model, tmp_path: Path) -> None:
+    """A network that has seen heads in one orientation needs to know; the file is named, and what is to be done."""
+    image = nibabel.Nifti1Image(np.random.default_rng(0).normal(40, 20, (22, 20, 6)).astype(np.float32), np.diag([1, 1, 5, 1]))
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    nibabel.save(image, tmp_path / "bare.nii.gz")
+    with pytest.raises(InputError, match=r"bare.nii.gz: without sform and qform .*; write one of them$"):
+        list(predict_path(model, tmp_path / "bare.nii.gz", tmp_path / "out"))

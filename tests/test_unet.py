@@ -163,6 +163,7 @@ def test_a_residual_network_trains(dims: int) -> None:
         ({"decoder_convs": (2, 2)}, "decoder: one less"),
         ({"kernels": ((3, 3), (2, 3))}, "only odd sizes"),
         ({"strides": ((1, 1), (2, -1))}, "must be 1 or more"),
+        ({"strides": ((1, 2), (2, 2))}, r"first stage has the stride \(1, 2\)"),
         ({"features": (8, 10**9)}, "no network is that large"),
     ],
 )

@@ -42,8 +42,9 @@ def _mask(folder: Path, name: str, keep_file_order: bool, turn: bool) -> Any:
     """A predicted mask as `Cohort.load` reads its case."""
     from ichbench.cases.images import read_labels, reorient
 
-    labels, grid = read_labels(folder / f"{name}.nii.gz", keep_file_order)
-    return reorient([labels], grid)[0][0] if turn and not keep_file_order else labels
+    path = folder / f"{name}.nii.gz"
+    labels, grid = read_labels(path, keep_file_order)
+    return reorient([labels], grid, path)[0][0] if turn and not keep_file_order else labels
 
 
 def _check_digests(cohort: Cohort, expected: dict[str, str]) -> None:

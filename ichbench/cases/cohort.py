@@ -102,7 +102,7 @@ class Cohort:
             return case
         if turn:
             volumes = [*case.image_czyx, *([] if case.labels_zyx is None else [case.labels_zyx])]
-            turned, grid = reorient_volumes(volumes, case.grid)
+            turned, grid = reorient_volumes(volumes, case.grid, record.images[0])
             n_channels = len(record.images)
             return Case(case_id, np.stack(turned[:n_channels]), turned[n_channels] if len(turned) > n_channels else None, grid)
         expected = self._axis_codes()

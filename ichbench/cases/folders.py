@@ -80,6 +80,15 @@ def describe(place: Path) -> Description:
     return replace(found, records=_checked(place, found.records))
 
 
+def read_declaration(path: Path) -> tuple[LabelRules, dict[int, int] | None]:
+    """What a `dataset.json` or `cohort.json` says about the values in mask files: the rules, and the label map or None."""
+    if path.name != "dataset.json":
+        found = _with_side_file(path, "", path.parent, ())
+        return found.rules, found.label_map
+    declared = read_table(path, "correct it")
+    return read_rules(declared.get("labels"), declared.get("regions_class_order"), path), _label_map(path, declared)
+
+
 def _from_nnunet(root: Path) -> Description:
     path = root / "dataset.json"
     declared = read_table(path, "correct it")

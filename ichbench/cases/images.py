@@ -121,12 +121,15 @@ def write_image(path: Path, image_zyx: NDArray[Any], grid: Grid) -> None:
     _write(Path(path), image, grid, np.dtype("<i2" if fits else "<f4"))
 
 
-def reorient(volumes_zyx: list[NDArray[Any]], grid: Grid) -> tuple[list[NDArray[Any]], Grid]:
+def reorient(volumes_zyx: list[NDArray[Any]], grid: Grid, source: object = "a file") -> tuple[list[NDArray[Any]], Grid]:
     """Turn volumes that share `grid` so that z runs to superior, y to posterior and x to the left ("SPL", INSTANCE's
-    orientation), by permuting and flipping axes only; the new grid still writes masks back in the file's own order."""
+    orientation), by permuting and flipping axes only; the new grid still writes masks back in the file's own order.
+    `source` begins the message of the InputError for a file that does not say where its axes point."""
     old = None if grid.header is None else parse_header(grid.header)
     if old is not None and not geometry_of(old).oriented:
-        raise InputError("a file without sform and qform does not say where its axes point, so it cannot be reoriented; turn reorient off")
+        raise InputError(
+            f"{source}: without sform and qform it does not say where its axes point, so it cannot be reoriented; write one of them"
+        )
     codes = grid.axis_codes_zyx
     order = tuple(next(k for k in range(3) if codes[k] in pair) for pair in ("SI", "PA", "LR"))
     turned = (codes[order[0]] != "S", codes[order[1]] != "P", codes[order[2]] != "L")

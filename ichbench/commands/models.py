@@ -61,7 +61,7 @@ def find(
 def apply(
     predictions: Annotated[Path, typer.Argument(help="one mask, or a folder of them")],
     rule: Annotated[Path, typer.Option(help="what `ichbench postprocess find` wrote")],
-    out: Annotated[Path, typer.Option(help="new folder for the masks")],
+    out: Annotated[Path, typer.Option(help="new folder for the masks, or a new file for one mask")],
 ) -> None:
     """Apply a rule to masks; prints how many voxels each lost."""
     from ichbench.inference.folders import apply_to_folder
@@ -98,7 +98,7 @@ def select(
 def ensemble(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="what ichbench predict --probabilities wrote, one per model")],
     out: Annotated[Path, typer.Option(help="folder for the masks")],
-    dataset_json: Annotated[Path | None, typer.Option(help="labels or regions (default: one label per output)")] = None,
+    dataset_json: Annotated[Path | None, typer.Option(help="labels or regions, where the archives do not say them")] = None,
     rule: Annotated[Path | None, typer.Option(help="what `ichbench postprocess find` wrote for this ensemble")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks that exist")] = False,
 ) -> None:
@@ -148,7 +148,7 @@ def nnunet_export(
         typer.echo(f"note: {note}")
     if done.images:
         typer.echo(f"{len(done.images)} prepared images in {done.images[0].parent}")
-    typer.echo(f"\nwritten: {done.folder}; use it with: nnUNetv2_predict_from_modelfolder -i IMAGES -o MASKS -m {done.folder}")
+    typer.echo(f"\nwritten: {done.folder}; use it with: {done.command}")
 
 
 def _check_compatibility(compatibility: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from ichbench.errors import InputError
+
+#: how the folders of work under way begin, which a killed process leaves behind
+UNFINISHED = ".prepare-"
 
 
 def fingerprint(
@@ -74,14 +78,27 @@ def prepare(
     compatibility: Annotated[str | None, typer.Option(help="ichbench, or nnunet: axes, draws and digits as nnU-Net's")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="cases measured at once (default: every available core)")] = None,
 ) -> None:
-    """Prepare every case as training sees it: .npy arrays on the working grid, with their sha256 and the way back."""
+    """Prepare every case as training sees it: .npy arrays on the working grid, with their sha256 and the way back.
+
+    Where one case fails nothing is written, so that the folder is whole or not there.
+    """
     from ichbench.prepare.whole import prepare_cohort
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(UNFINISHED) for path in out.iterdir())):
         raise InputError(f"--out {out} exists and is not an empty folder; give a new one")
     found, measured, chosen = _measured(cohort, recipe, compatibility, None, False, workers)
     ids = [record.id for record in found.records]
-    planned = prepare_cohort(found, ids, chosen.prepare, chosen.plan, out, measured, _counted(len(ids), "prepared"))
+    # a folder that is there already may be a mounted disk, so it is filled and not replaced
+    place = out if out.is_dir() else out.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=UNFINISHED) as scratch:
+        made = Path(scratch) / "prepared"
+        planned = prepare_cohort(found, ids, chosen.prepare, chosen.plan, made, measured, _counted(len(ids), "prepared"))
+        if out.is_dir():
+            for name in ("cases", "fingerprint.json", "plan.json"):
+                (made / name).rename(out / name)
+        else:
+            made.rename(out)
     typer.echo("\n".join(planned.explain()))
     typer.echo(
         f"\n{len(ids)} cases in {out / 'cases'}, one folder each: image.npy (c, z, y, x), labels.npy where there is a mask, case.json"

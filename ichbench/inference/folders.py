@@ -12,9 +12,10 @@ from ichbench.cases.files import read_table
 from ichbench.cases.images import read_grid, read_labels, write_labels
 from ichbench.cases.labels import LabelRules, Target, plain_rules, read_rules
 from ichbench.errors import InputError
+from ichbench.inference.archives import archived_rules, read_probabilities, same_heads
 from ichbench.inference.postprocess import Labels, Postprocessing, find_postprocessing
 from ichbench.inference.select import Candidate, Selection, find_best
-from ichbench.scoring.layouts import case_id, files_by_case, find_pairs, references_in
+from ichbench.scoring.layouts import SUFFIXES, case_id, elsewhere, files_by_case, find_pairs, references_in, rules_in
 
 
 def find_in_folders(
@@ -24,12 +25,18 @@ def find_in_folders(
     pairing = find_pairs(reference, predictions, dataset_json)
     missing = [pair.case for pair in pairing.pairs if pair.prediction is None]
     if missing:
-        raise InputError(f"{predictions} holds no prediction of {len(missing)} cases ({', '.join(missing[:5])}); the rule is found on all")
+        used = Path(str(pairing.pairs[0].reference)).parent
+        raise InputError(
+            f"{predictions} holds no prediction of {len(missing)} cases ({', '.join(missing[:5])}); the rule is found on all of {used}"
+            + elsewhere(reference, used, files_by_case(predictions))
+        )
     files = {pair.case: (Path(str(pair.reference)), Path(str(pair.prediction))) for pair in pairing.pairs}
 
+    declared = [value for values in (pairing.labels or {}).values() for value in (values if isinstance(values, tuple) else (values,))]
+    known = {0, *declared} if declared else None
+
     def load(case: str) -> tuple[Labels, Labels]:
-        truth = _mapped(read_labels(files[case][0], keep_file_order=True)[0], pairing.label_map)
-        return truth, _on_grid_of(files[case][0], files[case][1])
+        return _reference(files[case][0], pairing.label_map, known), _on_grid_of(files[case][0], files[case][1])
 
     targets: Sequence[Target]
     if pairing.labels is None:
@@ -48,14 +55,20 @@ def find_in_folders(
 
 
 def apply_to_folder(rule: Postprocessing, predictions: Path, out: Path) -> Iterator[tuple[Path, int]]:
-    """Write every mask of a file or folder with the rule applied; yields the new file and how many voxels were removed."""
+    """Write every mask of a file or folder with the rule applied; yields the new file and how many voxels were removed.
+
+    `out` is a folder or, for a single mask, also a file name that ends in .nii.gz or .nii.
+    """
+    single = predictions.is_file() and out.name.endswith(SUFFIXES) and not out.is_dir()
+    if not single:
+        _check_folder(out)
     sources = list(files_by_case(predictions).values()) if predictions.is_dir() else [predictions]
     if not sources or not all(source.is_file() for source in sources):
         raise InputError(f"{predictions} holds no mask (.nii.gz or .nii)")
-    targets = [out / source.name for source in sources]
+    targets = [out if single else out / source.name for source in sources]
     there = [target for target in targets if target.exists()]
     if there:
-        raise InputError(f"{there[0]} exists already; give a new folder with --out, nothing is overwritten")
+        raise InputError(f"{there[0]} exists already; give another --out, nothing is overwritten")
     for source, target in zip(sources, targets, strict=True):
         labels, grid = read_labels(source)
         kept = rule.apply(labels).astype(np.int16)
@@ -71,26 +84,33 @@ def select_folders(
 
     The arrays (heads, z, y, x) are float and in file order, as nnUNetv2_predict --save_probabilities writes them.
     """
-    references, (_, label_map) = references_in(reference)
-    rules = _rules(dataset_json or reference / "dataset.json", references)
+    references, (_, label_map) = references_in(reference, dataset_json)
+    rules = rules_in(reference) if dataset_json is None else _rules(dataset_json)
+    if rules is None:
+        highest = max(int(read_labels(file)[0].max()) for file in references.values())
+        rules = plain_rules(max(highest, 1) + 1)
     candidates = []
     for name, folder in models.items():
         masks = files_by_case(folder)
         missing = sorted(references.keys() - masks.keys())
         if missing:
-            raise InputError(f"{folder} holds no mask of {len(missing)} cases ({', '.join(missing[:5])}); models are compared on all")
+            used = references[missing[0]].parent
+            raise InputError(
+                f"{folder} holds no mask of {len(missing)} cases ({', '.join(missing[:5])}); models are compared on all masks in {used}"
+                + elsewhere(reference, used, masks)
+            )
 
         def mask(case: str, masks: Mapping[str, Path] = masks) -> Labels:
             return _on_grid_of(references[case], masks[case])
 
         def probabilities(case: str, folder: Path = folder) -> NDArray[np.floating]:
-            return _read_probabilities(folder / f"{case}.npz")
+            return read_probabilities(folder / f"{case}.npz", rules)
 
         every = all((folder / f"{case}.npz").is_file() for case in references)
         candidates.append(Candidate(name, mask, probabilities if every else None))
 
     def truth(case: str) -> Labels:
-        return _mapped(read_labels(references[case], keep_file_order=True)[0], label_map)
+        return _reference(references[case], label_map, {*rules.labels, *(() if rules.ignore is None else (rules.ignore,))})
 
     return find_best(candidates, list(references), truth, rules, pairs, compatibility)
 
@@ -101,13 +121,15 @@ def average_folders(
     """The masks of the mean of several models' probabilities, case by case, as `ichbench predict --probabilities` left them.
 
     Every folder holds `<case>.npz` and `<case>.nii.gz` (or .nii) of the same cases; masks lie on the grid of the first folder's.
-    Labels are one per output, unless `dataset_json` declares others or regions. Nothing is computed when a target exists already.
+    What the outputs mean is what `dataset_json` declares, else what the archives say (or a `dataset.json` beside them), else plain
+    labels. Nothing is computed when a target exists already.
     """
     # imported here: what only finds a rule for masks needs no torch
     from ichbench.inference.ensemble import check_heads, mean_probabilities
 
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         raise InputError(f"an ensemble needs two folders or more, each once, but got {', '.join(map(str, folders))}")
+    _check_folder(out)
     masks = [files_by_case(folder) for folder in folders]
     cases = sorted({case for found in masks for case in found} | {path.stem for folder in folders for path in folder.glob("*.npz")})
     if not cases:
@@ -126,44 +148,46 @@ def average_folders(
         raise InputError(f"--out {out} is one of the folders to average; give another")
     if there and not overwrite:
         raise InputError(f"{there[0]} exists already; give a new folder with --out, or --overwrite")
-    declared = None if dataset_json is None else _rules(dataset_json, {})
+    archives = [folder / f"{case}.npz" for case in cases for folder in folders]
+    rules = _rules_of(archives) if dataset_json is None else _rules(dataset_json)
     for case in cases:
         for found in masks[1:]:
             _on_grid_of(masks[0][case], found[case])
         grid = read_grid(masks[0][case], keep_file_order=True)
-        mean = mean_probabilities(_read_probabilities(folder / f"{case}.npz") for folder in folders)
+        mean = mean_probabilities(read_probabilities(folder / f"{case}.npz", rules) for folder in folders)
         if mean.shape[1:] != grid.shape_zyx:
             raise InputError(f"case {case}: probabilities of shape {mean.shape} do not fit the mask {masks[0][case]} of {grid.shape_zyx}")
-        rules = plain_rules(len(mean)) if declared is None else declared
-        check_heads(len(mean), rules)
-        labels = rules.from_probabilities(mean)
+        meaning = plain_rules(len(mean)) if rules is None else rules
+        check_heads(len(mean), meaning)
+        labels = meaning.from_probabilities(mean)
         labels = labels if rule is None else rule.apply(labels).astype(np.int16)
         out.mkdir(parents=True, exist_ok=True)
         write_labels(targets[case], labels, grid)
         yield targets[case]
 
 
-def _rules(path: Path, references: Mapping[str, Path]) -> LabelRules:
-    if not path.is_file() and references:
-        highest = max(int(read_labels(file)[0].max()) for file in references.values())
-        return plain_rules(max(highest, 1) + 1)
+def _check_folder(out: Path) -> None:
+    if not out.is_dir() and (out.exists() or out.name.endswith(SUFFIXES)):
+        raise InputError(f"--out {out} is a file or named like one; give a folder for the masks")
+
+
+def _rules_of(archives: Sequence[Path]) -> LabelRules | None:
+    """What the archives say of their heads, in which all that say something must agree."""
+    found: tuple[Path, LabelRules] | None = None
+    for path in archives:
+        said = archived_rules(path)
+        if found is None:
+            found = None if said is None else (path, said)
+        elif said is not None and not same_heads(found[1], said):
+            raise InputError(f"{found[0]} and {path} are of models with other labels or regions; only models of one task can be averaged")
+    return None if found is None else found[1]
+
+
+def _rules(path: Path) -> LabelRules:
     table = read_table(path, "give nnU-Net's dataset.json")
     if "labels" not in table:
         raise InputError(f"{path} declares no labels; give nnU-Net's dataset.json")
     return read_rules(table["labels"], table.get("regions_class_order"), path)
-
-
-def _read_probabilities(path: Path) -> NDArray[np.floating]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            table: NDArray[np.floating] = archive["probabilities"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not an archive with the array 'probabilities' ({error})") from None
-    if table.ndim != 4 or table.dtype.kind != "f" or not np.isfinite(table).all():
-        raise InputError(
-            f"{path}: 'probabilities' has shape {table.shape} and type {table.dtype}; needed are finite floats (heads, z, y, x)"
-        )
-    return table
 
 
 def _on_grid_of(reference: Path, prediction: Path) -> Labels:
@@ -177,8 +201,14 @@ def _on_grid_of(reference: Path, prediction: Path) -> Labels:
     return predicted
 
 
-def _mapped(labels: Labels, label_map: Mapping[int, int] | None) -> Labels:
+def _reference(path: Path, label_map: Mapping[int, int] | None, known: set[int] | None) -> Labels:
+    """A reference mask, its values mapped; InputError for a value that is not `known`, which no score would count."""
+    labels = read_labels(path, keep_file_order=True)[0]
     mapped = labels.copy()
     for old, new in (label_map or {}).items():
         mapped[labels == old] = new
+    # background is most of a mask, and sorting it is slow
+    unknown = sorted({int(value) for value in np.unique(mapped[mapped != 0])} - known) if known is not None else []
+    if unknown and known is not None:
+        raise InputError(f"{path}: holds the label values {unknown}, but declared are {sorted(known)}; correct the mask or declare them")
     return mapped

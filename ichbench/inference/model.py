@@ -7,7 +7,6 @@ fold_0/final.safetensors, ...             those of several, whose logits are ave
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ichbench.cases.case import Case, Grid
-from ichbench.cases.files import write_atomically
+from ichbench.cases.case import Case
 from ichbench.cases.images import read_image, reorient, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import CaseError, InputError
+from ichbench.inference.archives import write_probabilities
 from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import UNet, check_topology, make_unet
@@ -172,14 +171,17 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
 
     A model of several channels takes the files `case_0000.nii.gz`, `case_0001.nii.gz`, ...; one of them names the case.
     With `probabilities` an archive `<mask's name>.npz` lies beside each mask, as nnU-Net writes it. Files that exist are refused
-    before anything is computed, unless `overwrite` is set. In a folder a case that fails does not stop the others: CaseError
+    before anything is computed, unless `overwrite` is set: then mask and archive of a case are removed before it is computed, so that
+    neither outlives the mask it belongs to, or a case that fails. In a folder a case that fails does not stop the others: CaseError
     names all that failed at the end.
     """
     check_precision(model.tools.inference, model.tools.device)
     cases = find_images(image, model.channel_names)
-    targets = _targets(cases, image, out, probabilities, overwrite)
+    targets = _targets(cases, image, out, overwrite)
     failed: dict[str, Exception] = {}
     for case_id, files in cases.items():
+        for old in (targets[case_id], _archive(targets[case_id])):
+            old.unlink(missing_ok=True)
         try:
             done = _predict_files(model, case_id, files, targets[case_id], probabilities)
         except (InputError, CaseError) as error:
@@ -193,7 +195,7 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
         raise CaseError(f"{len(failed)} of {len(cases)} cases have no mask; the others were written{said}")
 
 
-def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, probabilities: bool, overwrite: bool) -> Mapping[str, Path]:
+def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, overwrite: bool) -> Mapping[str, Path]:
     """Case -> its mask's file; InputError for an `--out` that fits no input, an input among the targets, or an existing file."""
     named = out.name.endswith(SUFFIXES)
     if not out.is_dir():
@@ -206,7 +208,8 @@ def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, prob
     single = named and not image.is_dir() and not out.is_dir()
     targets = {case_id: out if single else out / (case_id + _suffix(files[0])) for case_id, files in cases.items()}
     sources = {source.resolve(): source for files in cases.values() for source in files}
-    written = [*targets.values(), *(_archive(target) for target in targets.values() if probabilities)]
+    # an archive that is there belongs to another mask, also where none is written
+    written = [*targets.values(), *(_archive(target) for target in targets.values())]
     for target in written:
         if target.resolve() in sources:
             raise InputError(f"--out {out} would overwrite the image {sources[target.resolve()]}; give another file or folder")
@@ -289,10 +292,10 @@ def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_z
             notes.append(f"{path.name} lies elsewhere than {files[0].name}; the voxels were taken as they lie")
         volumes.append(volume)
     if not keep and recipe.reorient:
-        volumes, grid = reorient(volumes, grid)
+        volumes, grid = reorient(volumes, grid, files[0])
     elif not keep and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
         # the network has only seen heads that lie the way its cohort did; the grid remembers how to write the mask back
-        volumes, grid = reorient(volumes, grid)
+        volumes, grid = reorient(volumes, grid, files[0])
         if grid.axis_codes_zyx != axes_zyx:
             raise InputError(
                 f"{files[0]}: its axes (z, y, x) can be turned to {grid.axis_codes_zyx}, but the model was trained on {axes_zyx}; "
@@ -305,21 +308,12 @@ def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Pa
     case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
     if probabilities:
         prediction, table = predict_with_probabilities(case, model.tools)
-        _write_probabilities(_archive(target), table, case.grid)
+        write_probabilities(_archive(target), table, case.grid, model.tools.rules)
     else:
         prediction = predict_unet(case, model.tools)
     labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
     write_labels(target, labels, case.grid)
     return Predicted(target, float(np.count_nonzero(labels)) * case.grid.voxel_ml, notes + prediction.notes)
-
-
-def _write_probabilities(path: Path, table: NDArray[np.float32], grid: Grid) -> None:
-    """`probabilities` (heads, k, j, i): in the file's own axis order, slowest axis first, as nnU-Net's archives have them."""
-    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
-    to_file = [1 + grid.file_axes.index(axis) for axis in (2, 1, 0)]
-    packed = io.BytesIO()
-    np.savez_compressed(packed, probabilities=np.transpose(table[(slice(None), *flips)], (0, *to_file)))
-    write_atomically(path, packed.getvalue())
 
 
 def _archive(mask: Path) -> Path:

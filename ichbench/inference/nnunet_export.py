@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,12 +45,16 @@ MEMBER = re.compile(r"(?P<arm>.+)-fold(?P<fold>\w+)-seed(?P<seed>\d+)")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the result folder, where each fold came from, the prepared images, and what the user should know."""
+    """What was written: the result folder, where each fold came from, the prepared images, and what the user should know.
+
+    command   nnU-Net's own, which predicts with these folds and settings; IMAGES and MASKS stand for the user's folders
+    """
 
     folder: Path
     folds: dict[str, str]
     images: tuple[Path, ...]
     notes: tuple[str, ...]
+    command: str
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,8 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
             (Path(scratch) / prepared.name).rename(prepared)
             images = tuple(prepared / name for name in names)
         made.rename(target)
-    return Exported(target, {fold: name for fold, (name, _, _) in folds.items()}, images, tuple(dict.fromkeys(notes)))
+    command = _command(target, folds, first, images)
+    return Exported(target, {fold: name for fold, (name, _, _) in folds.items()}, images, tuple(dict.fromkeys(notes)), command)
 
 
 @contextmanager
@@ -273,6 +279,16 @@ def _write_prepared(model: ModelFolder, images: Path, folder: Path) -> tuple[lis
             write_image(folder / written[-1], channel, grid)
     notes.append("nnU-Net's masks will lie on the grid of the prepared images, not of the originals")
     return written, notes
+
+
+def _command(folder: Path, folds: Iterable[str], model: ModelFolder, images: Sequence[Path]) -> str:
+    """Without -f nnU-Net takes the folds 0 to 4, whichever there are."""
+    inference = model.recipe.inference
+    words = ["nnUNetv2_predict_from_modelfolder", "-i", str(images[0].parent) if images else "IMAGES", "-o", "MASKS", "-m", str(folder)]
+    words += ["-f", *folds]
+    words += ["-chk", "checkpoint_best.pth"] if inference.checkpoint == "best" else []
+    words += ["-step_size", str(inference.tile_step)] if inference.tile_step != 0.5 else []
+    return shlex.join(words)
 
 
 def _notes(model: ModelFolder) -> list[str]:

@@ -147,3 +147,7 @@ def check_topology(plan: Topology) -> None:
         raise InputError(f"the plan has the kernel {tuple(even[0])}; only odd sizes keep the shape of the image")
     if any(step < 1 for stride in plan.strides for step in stride):
         raise InputError(f"the plan has the strides {[tuple(stride) for stride in plan.strides]}; every one must be 1 or more")
+    if max(plan.strides[0]) > 1:
+        raise InputError(
+            f"the plan's first stage has the stride {tuple(plan.strides[0])}, so its answers would be smaller than the image; it must be 1"
+        )

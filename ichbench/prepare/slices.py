@@ -84,7 +84,7 @@ def oriented(case: Case) -> tuple[Case, Shape, tuple[bool, bool, bool]]:
     A case that a reorienting cohort has already turned stays as it is.
     """
     volumes: list[NDArray[Any]] = [*case.image_czyx] if case.labels_zyx is None else [*case.image_czyx, case.labels_zyx]
-    turned, grid = reorient(volumes, case.grid)
+    turned, grid = reorient(volumes, case.grid, f"case {case.id}")
     old, new = case.grid, grid.file_axes
     axes = (old.file_axes.index(new[0]), old.file_axes.index(new[1]), old.file_axes.index(new[2]))
     flips = tuple(bool(grid.file_flips[axis] != old.file_flips[axes[axis]]) for axis in range(3))

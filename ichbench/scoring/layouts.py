@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.cases.files import read_table
-from ichbench.cases.folders import describe
+from ichbench.cases.folders import describe, read_declaration
+from ichbench.cases.labels import LabelRules, scored_labels
 from ichbench.errors import InputError
 from ichbench.scoring.score import Labels, regions_of
 
@@ -62,7 +63,6 @@ def find_pairs(reference: Path, prediction: Path, dataset_json: Path | None = No
     Names are matched without .nii or .nii.gz. `dataset_json` declares labels and regions where the references are plain files.
     InputError: a path that is missing, a file beside a folder, no reference, two files of one case, and names of which none match.
     """
-    declared = _declared(dataset_json) if dataset_json is not None else None
     if not reference.exists():
         raise InputError(f"{reference} does not exist; give a reference mask or a folder of them")
     if not prediction.exists():
@@ -71,10 +71,9 @@ def find_pairs(reference: Path, prediction: Path, dataset_json: Path | None = No
         kinds = ("a folder", "a file") if reference.is_dir() else ("a file", "a folder")
         raise InputError(f"{reference} is {kinds[0]}, but {prediction} is {kinds[1]}; give two folders or two files")
     if not reference.is_dir():
-        labels, label_map = declared or (None, None)
+        labels, label_map = _declared(dataset_json) if dataset_json is not None else (None, None)
         return Pairing((Pair(case_id(reference), reference, prediction),), labels, label_map)
-    references, found = references_in(reference)
-    labels, label_map = declared or found
+    references, (labels, label_map) = references_in(reference, dataset_json)
     predictions = files_by_case(prediction)
     matched = references.keys() & predictions.keys()
     # an empty folder is a submission of nothing; a full one without a match is a mistake in the names
@@ -82,7 +81,7 @@ def find_pairs(reference: Path, prediction: Path, dataset_json: Path | None = No
         example = references[min(references)]
         raise InputError(
             f"{prediction} holds no prediction for any of the {len(references)} references in {example.parent}; files must bear the "
-            f"references' names, such as {example.name}" + _elsewhere(reference, example.parent, predictions)
+            f"references' names, such as {example.name}" + elsewhere(reference, example.parent, predictions)
         )
     pairs = tuple(Pair(case, path, predictions.get(case)) for case, path in sorted(references.items()))
     extra = tuple(path for case, path in sorted(predictions.items()) if case not in matched)
@@ -116,12 +115,13 @@ def with_images(found: Pairing, images: Path) -> Pairing:
     return replace(found, pairs=pairs, imageless=tuple(case for case in cases if case not in chosen))
 
 
-def references_in(folder: Path) -> tuple[dict[str, Path], tuple[Labels | None, Mapping[int, int] | None]]:
-    """The reference masks of a folder by case, with the labels and the label map that it declares."""
+def references_in(folder: Path, dataset_json: Path | None = None) -> tuple[dict[str, Path], tuple[Labels | None, Mapping[int, int] | None]]:
+    """The reference masks of a folder by case, with the labels and the label map that `dataset_json`, else the folder, declares."""
+    given = None if dataset_json is None else _declared(dataset_json)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder of the reference masks")
     if (folder / "dataset.json").is_file():
-        declared = _declared(folder / "dataset.json")
+        declared = given or _declared(folder / "dataset.json")
         for name in ("labelsTs", "labelsTr", "."):
             found = files_by_case(folder / name) if (folder / name).is_dir() else {}
             if found:
@@ -132,21 +132,48 @@ def references_in(folder: Path) -> tuple[dict[str, Path], tuple[Labels | None, M
         labelled = {record.id: (record.split, record.label) for record in cohort.records if record.label is not None}
         split = "test" if any(split == "test" for split, _ in labelled.values()) else "train"
         files = {case: path for case, (its, path) in labelled.items() if its == split}
-        ignore = {} if cohort.rules.ignore is None else {"ignore": cohort.rules.ignore}
         if files:
-            named = dict(zip(cohort.rules.names, cohort.rules.targets, strict=True))
-            return files, ({"background": 0} | named | ignore, cohort.label_map)
+            return files, given or (scored_labels(cohort.rules), cohort.label_map)
         raise InputError(f"{folder} holds no reference: no case of its cohort.csv has a mask")
     flat = files_by_case(folder)
     if flat:
-        return flat, (None, None)
+        return flat, given or _said_by(_declaration_of(folder))
     for name in INSTANCE_FOLDERS:
         if (folder / name).is_dir() and (found := files_by_case(folder / name)):
-            return found, (None, None)
+            return found, given or _said_by(_declaration_of(folder))
     raise InputError(
         f"{folder} holds no reference: no file ends in {_or()}, and it is neither an nnU-Net data set (dataset.json with labelsTs or "
         "labelsTr) nor an INSTANCE folder (label/)"
     )
+
+
+def rules_in(folder: Path) -> LabelRules | None:
+    """What the outputs of a network for these references mean, where something declares it for `references_in`."""
+    path = _declaration_of(folder)
+    if path is not None:
+        return read_declaration(path)[0]
+    return describe(folder).rules if (folder / "cohort.csv").is_file() else None
+
+
+def _declaration_of(folder: Path) -> Path | None:
+    """The dataset.json or cohort.json that says what the masks of `references_in(folder)` mean, or None."""
+    places = [folder / "dataset.json", folder / "cohort.json"]
+    if not places[0].is_file() and not (folder / "cohort.csv").is_file() and files_by_case(folder):
+        # a folder of masks may be part of a data set, whose file lies above it
+        above = folder.resolve().parent
+        places = [above / "dataset.json"] if folder.resolve().name in ("labelsTs", "labelsTr") else []
+        if folder.resolve().name == "label":
+            places = [place / "cohort.json" for place in ((above.parent, above) if above.name in ("train", "train_2") else (above,))]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _said_by(path: Path | None) -> tuple[Labels | None, Mapping[int, int] | None]:
+    if path is None:
+        return None, None
+    if path.name == "dataset.json":
+        return _declared(path)
+    rules, label_map = read_declaration(path)
+    return scored_labels(rules), label_map
 
 
 def files_by_case(folder: Path) -> dict[str, Path]:
@@ -214,7 +241,7 @@ def _declared(path: Path) -> tuple[Labels, Mapping[int, int] | None]:
     return check_labels(content["labels"], str(path)), {int(old): new for old, new in mapping.items()}
 
 
-def _elsewhere(reference: Path, used: Path, predictions: Mapping[str, Path]) -> str:
+def elsewhere(reference: Path, used: Path, predictions: Mapping[str, Path]) -> str:
     """A word on the training labels of a data set, where it is those that the predictions match."""
     other = reference / "labelsTr"
     if used.name != "labelsTs" or not other.is_dir():
