@@ -97,6 +97,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
     weights = _weights(logits, how)
     if not how.rules.has_regions:
         skipped = NOTHING if ignore is None else ignore
+        # labels come in a narrow type; torch's cross-entropy takes int64 alone
+        labels = labels.long()
         if how.pooled is None:
             return F.cross_entropy(_wide(logits), labels, weights, ignore_index=skipped)
         total = F.cross_entropy(_wide(logits), labels, weights, ignore_index=skipped, reduction="sum")
@@ -132,7 +134,7 @@ def top_cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tenso
     """
     weights = _weights(logits, how)
     ignore = NOTHING if how.rules.ignore is None else how.rules.ignore
-    each = F.cross_entropy(_wide(logits), labels, weights, ignore_index=ignore, reduction="none").flatten()
+    each = F.cross_entropy(_wide(logits), labels.long(), weights, ignore_index=ignore, reduction="none").flatten()
     return _mean(each.topk(max(1, each.numel() // 10), sorted=False).values, how)
 
 

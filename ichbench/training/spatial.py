@@ -161,9 +161,10 @@ def _winners(labels: NDArray[np.int16], where: Reading, size: Ints, in_plane: bo
     source = torch.from_numpy(labels).to(out.device)
     if len(present) == 2:
         # the scores of two labels sum to 1000, so that one of them says all
+        lower, upper = source.new_tensor(present)
         for planes, values in _planes(source[None], where, size, in_plane, "bilinear", present[1]):
             score = values[0].half().float()
-            won = torch.where(score > SCORE / 2, present[1], present[0])
+            won = torch.where(score > SCORE / 2, upper, lower)
             tied = score == SCORE / 2
             if not on_cpu(out) or bool(tied.any()):
                 count = planes.stop - planes.start
@@ -198,7 +199,7 @@ def _winners(labels: NDArray[np.int16], where: Reading, size: Ints, in_plane: bo
 
 def _all_planes(source: Tensor, where: Reading, size: Ints, in_plane: bool) -> Tensor:
     """The nearest voxel's label."""
-    return torch.cat([values[0] for _, values in _planes(source[None], where, size, in_plane, "nearest")]).long()
+    return torch.cat([values[0] for _, values in _planes(source[None], where, size, in_plane, "nearest")]).to(source.dtype)
 
 
 def _planes(
