@@ -101,13 +101,15 @@ def _fill_labels(array: NDArray[Any], labelled: Box | None, outside: bool, patch
         whole = (_corner(patch, size), size)
         seen = whole if outside or labelled is None else common_box(whole, labelled)
         if seen is not None:
-            labels = np.empty(seen[1], np.int16)
+            first = np.subtract(seen[0], whole[0])
+            first = np.where(change.mirror_zyx, np.array(size) - first - seen[1], first)
+            target = out[slices((ints(first), seen[1]))]
+            labels = target.numpy() if out.device.type == "cpu" else np.empty(seen[1], np.int16)
             cut_into(_flipped(labels, change), array, seen[0], OUTSIDE_LABEL)
             if not outside:
                 np.maximum(labels, 0, out=labels)
-            first = np.subtract(seen[0], whole[0])
-            first = np.where(change.mirror_zyx, np.array(size) - first - seen[1], first)
-            out[slices((ints(first), seen[1]))] = torch.from_numpy(labels).to(out.device)
+            if out.device.type != "cpu":
+                target.copy_(torch.from_numpy(labels))
 
 
 def _previous(case: TrainingCase) -> NDArray[np.uint8]:

@@ -25,7 +25,9 @@ SMALL = 1e-35
 #: a mean square this many times the variance is too far from 0 to subtract the mean's square from it in float32
 FAR = 1e3
 #: voxels worked on at once on a CPU
-IN_CACHE = 2**16
+IN_CACHE = 2**17
+#: voxels whose noise is drawn at once: where rows are no multiple of 16 long, the field depends on it
+NOISE_BLOCK = 2**16
 
 
 def change_intensity(image_czyx: Tensor, draw: AugmentDraw) -> None:
@@ -56,7 +58,7 @@ def add_noise(image: Tensor, sd: float, seed: int) -> None:
     """Independent normal noise in every voxel; the same seed gives the same field on the same kind of device."""
     generator = torch.Generator(image.device)
     generator.manual_seed(seed)
-    for block in _blocks(image):
+    for block in _blocks(image, NOISE_BLOCK):
         block.add_(torch.empty_like(block).normal_(generator=generator), alpha=sd)
 
 
@@ -76,7 +78,7 @@ def blur(volume_zyx: Tensor, sigma_zyx: Sequence[float]) -> None:
     if len(along_z.weights) > 1:
         source = torch.from_numpy(np.empty(volume_zyx.shape, np.float32)) if on_cpu(volume_zyx) else torch.empty_like(volume_zyx)
         # strips of all slices, for the cache
-        rows = max(1, 8 * IN_CACHE // (depth * width)) if on_cpu(volume_zyx) else height
+        rows = max(1, 4 * IN_CACHE // (depth * width)) if on_cpu(volume_zyx) else height
         for first in range(0, height, rows):
             _blur(volume_zyx[:, first : first + rows].flatten(1), along_z, source[:, first : first + rows].flatten(1))
     for old, new in zip(_slices(source), _slices(volume_zyx), strict=True):
@@ -210,10 +212,10 @@ def _kept(length: int, number: int, backwards: bool) -> NDArray[np.int64]:
     return np.ascontiguousarray((length - 1 - index)[::-1]) if backwards else index
 
 
-def _blocks(volume: Tensor) -> Sequence[Tensor]:
+def _blocks(volume: Tensor, voxels: int = IN_CACHE) -> Sequence[Tensor]:
     """Views of whole rows that make up a contiguous tensor."""
     rows = volume.flatten(0, -2)
-    return torch.split(rows, max(1, IN_CACHE // rows.shape[1])) if on_cpu(volume) else [rows]
+    return torch.split(rows, max(1, voxels // rows.shape[1])) if on_cpu(volume) else [rows]
 
 
 def _slices(volume_zyx: Tensor) -> Sequence[Tensor]:
