@@ -125,13 +125,13 @@ def turn_image(cut: Cut, box: Box, where: Reading, in_plane: bool, out: Tensor) 
     # few slices at a time, so that they are still in the cache when they are read again
     grid = _grid(near.matrix[1:, 1:], near.shift[1:], box[1][1:], out.shape[2:], out.device)[None]
     for z in range(0, out.shape[1], TOGETHER):
-        planes = range(z, min(z + TOGETHER, out.shape[1]))
-        ends = [near.slice_of(planes[0]), near.slice_of(planes[-1])]
-        source = np.empty((len(out), len(planes), *box[1][1:]), np.float32)
+        group = range(z, min(z + TOGETHER, out.shape[1]))
+        ends = [near.slice_of(group[0]), near.slice_of(group[-1])]
+        source = np.empty((len(out), len(group), *box[1][1:]), np.float32)
         cut(source if ends[0] <= ends[1] else source[:, ::-1], (box[0][0] + min(ends), *box[0][1:]))
         stacked = torch.from_numpy(source).reshape(1, -1, *box[1][1:])
         read = F.grid_sample(stacked, grid, "bilinear", "border", align_corners=False)
-        out[:, z : z + len(planes)] = read.reshape(len(out), len(planes), *out.shape[2:])
+        out[:, z : z + len(group)] = read.reshape(len(out), len(group), *out.shape[2:])
 
 
 def turn_labels(cut: Cut, box: Box, where: Reading, in_plane: bool, labelled: Box | None, out: Tensor) -> None:
