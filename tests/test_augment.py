@@ -39,7 +39,7 @@ def test_any_sample_of_any_batch_can_be_made_alone(patch: tuple[int, ...]) -> No
     image, labels = make_batch(cases(), sampling, TRAIN_STREAM, 7)
     assert tuple(image.shape) == (4, 1, *patch)
     assert tuple(labels.shape) == (4, *patch)
-    assert labels.dtype == torch.int64
+    assert labels.dtype == torch.int16
     for i in (3, 0):
         alone = make_batch(cases(), sampling, TRAIN_STREAM, 7, samples=range(i, i + 1))
         np.testing.assert_array_equal(image[i].numpy(), alone[0][0].numpy())

@@ -38,7 +38,8 @@ def made(
     case: TrainingCase, draw: AugmentDraw, lower: tuple[int, int, int], size: tuple[int, int, int], box: tuple[int, int, int] | None = None
 ) -> Arrays:
     """The sample (image (c, z, y, x), labels (z, y, x)) whose patch, or box, begins at `lower`; -1 kept apart in no way."""
-    image, labels = torch.zeros((len(case.image_czyx), *size)), torch.zeros(size, dtype=torch.int64)
+    # whatever was in the image's memory has to go
+    image, labels = torch.full((len(case.image_czyx), *size), torch.nan), torch.zeros(size, dtype=torch.int64)
     fill_sample(case, PatchDraw(0, lower, box or size, None, box is not None), draw, CascadeDraw(), image, labels)
     return image.numpy(), labels.numpy()
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ichbench.augmentation.augment import fill_sample, zeros
+from ichbench.augmentation.augment import empty, fill_sample
 from ichbench.augmentation.draw import AugmentDraw, CascadeDraw, draw_augmentation, draw_cascade, enlarged_zyx
 from ichbench.augmentation.patches import PatchDraw, TrainingCase, draw_patch, is_forced, patch_zyx, sample_generator
 from ichbench.errors import InputError
@@ -98,7 +97,7 @@ def make_batch(
     device: torch.device | str = "cpu",
     samples: range | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Batch number `step` of a stream: (image (b, c, *patch) float32, labels (b, *patch) int64), made on `device`.
+    """Batch number `step` of a stream: (image (b, c, *patch) float32, labels (b, *patch) int16), made on `device`.
 
     `samples` makes only a part of the batch (for several processes); each sample is what it is in the whole.
     Raises CaseError where a case lacks the labels of the previous stage that the sampling asks for.
@@ -109,8 +108,8 @@ def make_batch(
     drawn = [draw_sample(cases, sampling, stream, step, sample) for sample in chosen]
     size = patch_zyx(sampling.patch_size)
     channels = cases[0].image_czyx.shape[0] + sampling.previous_labels
-    image = zeros((len(drawn), channels, *size), np.float32, device)
-    labels = zeros((len(drawn), *size), np.int64, device)
+    image = empty((len(drawn), channels, *size), device)
+    labels = torch.zeros((len(drawn), *size), dtype=torch.int16, device=device)
     largest = sampling.augment.remove_component_share if sampling.augment is not None else 0.0
     for one, out, target in zip(drawn, image, labels, strict=True):
         case = cases[one.patch.case]

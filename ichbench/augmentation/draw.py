@@ -172,13 +172,14 @@ def draw_cascade(rng: np.random.Generator, recipe: AugmentRecipe, labels: int) -
 
 def _around_one(rng: np.random.Generator, channels: int, limits: tuple[float, float]) -> tuple[float, ...]:
     """A factor per channel, below or above 1 with equal chance (when the limits allow both), uniform on its side."""
-    side, place = rng.random((channels, 2)).T
     low, high = limits
     middle = min(max(low, 1.0), high)
-    # with the limits on one side of 1, that side has every draw
-    below = (side < 0.5) & (low < middle) | (middle >= high)
-    value = np.where(below, low + place * (middle - low), middle + place * (high - middle))
-    return tuple(float(one) for one in value)
+    values = []
+    for side, place in rng.random((channels, 2)).tolist():
+        # with the limits on one side of 1, that side has every draw
+        below = (side < 0.5 and low < middle) or middle >= high
+        values.append(low + place * (middle - low) if below else middle + place * (high - middle))
+    return tuple(values)
 
 
 def _sigmas(row: NDArray[np.float64], flat: bool) -> tuple[float, float, float]:

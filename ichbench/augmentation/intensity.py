@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ SMALL = 1e-35
 #: a mean square this many times the variance is too far from 0 to subtract the mean's square from it in float32
 FAR = 1e3
 #: voxels worked on at once on a CPU
-IN_CACHE = 2**16
+IN_CACHE = 2**17
+#: voxels whose noise is drawn at once: where rows are no multiple of 16 long, the field depends on it
+NOISE_BLOCK = 2**16
 
 
 def change_intensity(image_czyx: Tensor, draw: AugmentDraw) -> None:
@@ -55,7 +58,7 @@ def add_noise(image: Tensor, sd: float, seed: int) -> None:
     """Independent normal noise in every voxel; the same seed gives the same field on the same kind of device."""
     generator = torch.Generator(image.device)
     generator.manual_seed(seed)
-    for block in _blocks(image):
+    for block in _blocks(image, NOISE_BLOCK):
         block.add_(torch.empty_like(block).normal_(generator=generator), alpha=sd)
 
 
@@ -69,24 +72,29 @@ def gaussian_kernel(sigma: float) -> NDArray[np.float64]:
 
 def blur(volume_zyx: Tensor, sigma_zyx: Sequence[float]) -> None:
     """Gaussian blur along each axis, reflecting at the borders (without repeating the outermost voxel)."""
-    kernels = [gaussian_kernel(sigma) for sigma in sigma_zyx]
-    if len(kernels[0]) > 1 and len(volume_zyx) > 1:
-        # narrow strips of all slices, for the cache
-        depth, height, width = volume_zyx.shape
-        rows = max(1, 2 * IN_CACHE // (depth * width)) if on_cpu(volume_zyx) else height
+    depth, height, width = volume_zyx.shape
+    along_z, along_y, along_x = (_mixing(*pair, volume_zyx.device) for pair in zip(sigma_zyx, volume_zyx.shape, strict=True))
+    source = volume_zyx
+    if len(along_z.weights) > 1:
+        source = torch.from_numpy(np.empty(volume_zyx.shape, np.float32)) if on_cpu(volume_zyx) else torch.empty_like(volume_zyx)
+        # strips of all slices, for the cache
+        rows = max(1, 4 * IN_CACHE // (depth * width)) if on_cpu(volume_zyx) else height
         for first in range(0, height, rows):
-            strip = volume_zyx[:, first : first + rows]
-            strip.copy_(_blurred(strip, kernels[0], 0))
-    for part in _slices(volume_zyx):
-        part.copy_(_blurred(_blurred(part, kernels[1], 1), kernels[2], 2))
+            _blur(volume_zyx[:, first : first + rows].flatten(1), along_z, source[:, first : first + rows].flatten(1))
+    for old, new in zip(_slices(source), _slices(volume_zyx), strict=True):
+        between = torch.empty_like(old)
+        _blur(old, along_y, between)
+        _blur(between.mT, along_x, new.mT)
 
 
 def change_contrast(volume: Tensor, factor: float) -> None:
     """(v - mean) factor + mean, kept within the old ends."""
-    low, high = torch.aminmax(volume)
-    mean = _known(_mean(volume))
-    for block in _blocks(volume):
-        _within(_scale(block, factor, mean * (1 - factor)), low, high)
+    blocks = _blocks(volume)
+    ends, sums = zip(*((torch.aminmax(block), block.sum(1)) for block in blocks), strict=True)
+    (low, high), mean = _ends(ends), _total(sums) / volume.numel()
+    move = (mean * (1 - factor)).to(volume.dtype)
+    for block in blocks:
+        _within(_scale(block, factor, move), low, high)
 
 
 def lower_resolution(volume_zyx: Tensor, share: float, in_plane: bool, mirror_zyx: Sequence[bool]) -> None:
@@ -107,23 +115,27 @@ def lower_resolution(volume_zyx: Tensor, share: float, in_plane: bool, mirror_zy
 
 def change_gamma(volume: Tensor, exponent: float, inverted: bool) -> None:
     """((v - min)/range)^exponent between the old ends, then the old mean and standard deviation again; `inverted`: of -v."""
-    low, high = torch.aminmax(volume)
-    mean, old = _moments(volume)
+    blocks = _blocks(volume)
+    # all that is asked of a block is asked while it is in the cache
+    ends, sums = zip(*((torch.aminmax(block), _sums(block)) for block in blocks), strict=True)
+    (low, high), (mean, old) = _ends(ends), _moments(blocks, sums)
     width = (high - low).double()
     # powers are taken as 2^(exponent log2 v), six times faster than pow
-    start = _known(high if inverted else -low)
-    octaves = _known(width.clamp(min=TINY).log2() * -exponent)
+    start = high if inverted else -low
+    octaves = (width.clamp(min=TINY).log2() * -exponent).to(volume.dtype)
     # the logarithm of 0 is ten times slower than others, and a clipped CT is full of it: a number whose power is still
     # nothing (2^-80 of the range) stands for it, where float32 has one
     least = _known((width * 2 ** (-80 / exponent)).clamp(min=SMALL)) if 80 / exponent < 110 else 0.0
-    for block in _blocks(volume):
-        raised = _scale(block, -1 if inverted else 1, start)
+    powers = []
+    for block in blocks:
+        raised = _scale(block, -1.0 if inverted else 1.0, start)
         _scale(raised.clamp_(min=least).log2_(), exponent, octaves).exp2_()
-    now, spread = _moments(volume)
+        powers.append(_sums(block))
+    now, spread = _moments(blocks, powers)
     # the power's standard deviation is in units of the range
     factor = width * old / (width * spread).clamp(min=TINY) * (-1 if inverted else 1)
-    scale, move = _known(factor), _known(mean - factor * now)
-    for block in _blocks(volume):
+    scale, move = _known(factor), (mean - factor * now).to(volume.dtype)
+    for block in blocks:
         _scale(block, scale, move)
 
 
@@ -134,27 +146,49 @@ def _within(block: Tensor, low: Tensor, high: Tensor) -> None:
         block.clamp_(low, high)
 
 
-def _scale(block: Tensor, factor: float | Tensor, move: float | Tensor) -> Tensor:
-    """block * factor + move, in place; in one pass where the numbers are known."""
-    if isinstance(factor, Tensor) or isinstance(move, Tensor):
+def _scale(block: Tensor, factor: float | Tensor, move: Tensor) -> Tensor:
+    """block * factor + move, in place; in one pass where the factor is known. `move` has the block's type."""
+    if isinstance(factor, Tensor):
         return block.mul_(factor).add_(move)
-    return torch.add(torch.tensor(move, dtype=block.dtype), block, alpha=factor, out=block)
+    return torch.add(move, block, alpha=factor, out=block)
 
 
-def _blurred(volume: Tensor, kernel: NDArray[np.float64], axis: int) -> Tensor:
-    half, length = len(kernel) // 2, volume.shape[axis]
-    out = volume * float(kernel[half])
+@dataclass(frozen=True, eq=False)
+class _Mixing:
+    """A blur along one axis: the kernel from its middle on, and how the first and last of the axis' voxels (all, where it
+    is short) follow from the 2 (len(weights) - 1) outermost, matrices of new by old."""
+
+    weights: tuple[float, ...]
+    first: Tensor
+    last: Tensor
+
+
+def _mixing(sigma: float, length: int, device: torch.device) -> _Mixing:
+    kernel = gaussian_kernel(sigma) if length > 1 else np.ones(1)
+    half = len(kernel) // 2
+    matrix = np.zeros((length, length) if length <= 2 * half else (half, 2 * half), np.float32)
+    for i, row in enumerate(matrix):
+        for j, weight in enumerate(kernel):
+            row[_reflected(i + j - half, length)] += weight
+    first = torch.from_numpy(matrix).to(device)
+    return _Mixing(tuple(kernel[half:].tolist()), first, first.flip((0, 1)))
+
+
+def _blur(old: Tensor, along: _Mixing, out: Tensor) -> None:
+    """Fill `out` (..., n, m) with `old` blurred along its second last axis."""
+    half, length = len(along.weights) - 1, old.shape[-2]
+    if length <= 2 * half:
+        out.copy_(along.first @ old)
+        return
+    inner = length - 2 * half
+    middle = out.narrow(-2, half, inner)
+    torch.mul(old.narrow(-2, half, inner), along.weights[0], out=middle)
     for j in range(1, half + 1):
-        weight = float(kernel[half + j])
-        inner = max(0, length - j)
-        if inner:
-            out.narrow(axis, 0, inner).add_(volume.narrow(axis, j, inner), alpha=weight)
-            out.narrow(axis, j, inner).add_(volume.narrow(axis, 0, inner), alpha=weight)
-        for i in range(min(j, length)):
-            out.select(axis, i).add_(volume.select(axis, _reflected(i - j, length)), alpha=weight)
-            last = length - 1 - i
-            out.select(axis, last).add_(volume.select(axis, _reflected(last + j, length)), alpha=weight)
-    return out
+        middle.add_(old.narrow(-2, half - j, inner), alpha=along.weights[j])
+        middle.add_(old.narrow(-2, half + j, inner), alpha=along.weights[j])
+    if half:
+        out.narrow(-2, 0, half).copy_(along.first @ old.narrow(-2, 0, 2 * half))
+        out.narrow(-2, half + inner, half).copy_(along.last @ old.narrow(-2, length - 2 * half, 2 * half))
 
 
 def _reflected(index: int, length: int) -> int:
@@ -178,27 +212,38 @@ def _kept(length: int, number: int, backwards: bool) -> NDArray[np.int64]:
     return np.ascontiguousarray((length - 1 - index)[::-1]) if backwards else index
 
 
-def _blocks(volume: Tensor) -> Sequence[Tensor]:
+def _blocks(volume: Tensor, voxels: int = IN_CACHE) -> Sequence[Tensor]:
     """Views of whole rows that make up a contiguous tensor."""
     rows = volume.flatten(0, -2)
-    return torch.split(rows, max(1, IN_CACHE // rows.shape[1])) if on_cpu(volume) else [rows]
+    return torch.split(rows, max(1, voxels // rows.shape[1])) if on_cpu(volume) else [rows]
 
 
 def _slices(volume_zyx: Tensor) -> Sequence[Tensor]:
-    return torch.split(volume_zyx, 1) if on_cpu(volume_zyx) else [volume_zyx]
+    return volume_zyx.unbind() if on_cpu(volume_zyx) else [volume_zyx]
 
 
-def _mean(volume: Tensor) -> Tensor:
-    """Float64. Rows are summed first: the order is then the same for any number of threads."""
-    return torch.cat([block.sum(1) for block in _blocks(volume)]).double().sum() / volume.numel()
+def _sums(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and root of the sum of squares of every row. Rows come first: the order is then the same for any number of threads."""
+    return block.sum(1), torch.linalg.vector_norm(block, dim=1)
 
 
-def _moments(volume: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (n - 1 below the sum), float64."""
-    blocks, count, mean = _blocks(volume), volume.numel(), _mean(volume)
-    squares = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks]).double().square().sum()
+def _total(rows: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(rows)).double().sum()
+
+
+def _ends(blocks: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The least and the highest of the blocks' ends."""
+    lows, highs = zip(*blocks, strict=True)
+    return torch.stack(lows).amin(), torch.stack(highs).amax()
+
+
+def _moments(blocks: Sequence[Tensor], sums: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (n - 1 below the sum), float64, from the `_sums` of blocks."""
+    count = sum(block.numel() for block in blocks)
+    mean = _total([row for row, _ in sums]) / count
+    squares = torch.cat([norm for _, norm in sums]).double().square().sum()
     variance = (squares / count - mean**2).clamp(min=0)
-    if on_cpu(volume) and bool(squares > FAR * count * variance):
+    if on_cpu(blocks[0]) and bool(squares > FAR * count * variance):
         # far from 0 the difference of two large numbers says little
         middle = float(mean)
         variance = torch.cat([torch.linalg.vector_norm(block - middle, dim=1) for block in blocks]).double().square().sum() / count

@@ -35,6 +35,9 @@ Places = Sequence[int] | NDArray[np.integer]
 SLACK = 1e-3
 #: voxels worked on at once on a CPU
 IN_CACHE = 2**16
+#: slices read at once: positions and weights are worked out once for all of them, and more would not stay in the cache
+#: when rows of the patch run down columns of the case
+TOGETHER = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +122,16 @@ def turn_image(cut: Cut, box: Box, where: Reading, in_plane: bool, out: Tensor) 
         for planes, values in _planes(torch.from_numpy(source).to(out.device), near, ints(out.shape[1:]), in_plane, "bilinear"):
             out[:, planes] = values
         return
-    # slice by slice, so that a slice is still in the cache when it is read again
-    source = np.empty((len(out), 1, *box[1][1:]), np.float32)
+    # few slices at a time, so that they are still in the cache when they are read again
     grid = _grid(near.matrix[1:, 1:], near.shift[1:], box[1][1:], out.shape[2:], out.device)[None]
-    for z in range(out.shape[1]):
-        cut(source, (box[0][0] + near.slice_of(z), *box[0][1:]))
-        out[:, z] = F.grid_sample(torch.from_numpy(source[None, :, 0]), grid, "bilinear", "border", align_corners=False)[0]
+    for z in range(0, out.shape[1], TOGETHER):
+        group = range(z, min(z + TOGETHER, out.shape[1]))
+        ends = [near.slice_of(group[0]), near.slice_of(group[-1])]
+        source = np.empty((len(out), len(group), *box[1][1:]), np.float32)
+        cut(source if ends[0] <= ends[1] else source[:, ::-1], (box[0][0] + min(ends), *box[0][1:]))
+        stacked = torch.from_numpy(source).reshape(1, -1, *box[1][1:])
+        read = F.grid_sample(stacked, grid, "bilinear", "border", align_corners=False)
+        out[:, z : z + len(group)] = read.reshape(len(out), len(group), *out.shape[2:])
 
 
 def turn_labels(cut: Cut, box: Box, where: Reading, in_plane: bool, labelled: Box | None, out: Tensor) -> None:
@@ -153,17 +160,21 @@ def _needed(where: Reading, part: Box, box: Box) -> Box | None:
 
 def _winners(labels: NDArray[np.int16], where: Reading, size: Ints, in_plane: bool, out: Tensor) -> None:
     """Write the label with the highest score at each voxel of a patch of `size`."""
-    low = int(labels.min())
-    present = [int(label) + low for label in np.flatnonzero(np.bincount(labels.ravel() - low))]
+    low, high = int(labels.min()), int(labels.max())
+    if high - low <= 1:
+        present = sorted({low, high})
+    else:
+        present = [int(label) + low for label in np.flatnonzero(np.bincount(labels.ravel() - low))]
     if len(present) == 1:
         out.fill_(present[0])
         return
     source = torch.from_numpy(labels).to(out.device)
     if len(present) == 2:
         # the scores of two labels sum to 1000, so that one of them says all
+        lower, upper = source.new_tensor(present)
         for planes, values in _planes(source[None], where, size, in_plane, "bilinear", present[1]):
             score = values[0].half().float()
-            won = torch.where(score > SCORE / 2, present[1], present[0])
+            won = torch.where(score > SCORE / 2, upper, lower)
             tied = score == SCORE / 2
             if not on_cpu(out) or bool(tied.any()):
                 count = planes.stop - planes.start
@@ -198,7 +209,7 @@ def _winners(labels: NDArray[np.int16], where: Reading, size: Ints, in_plane: bo
 
 def _all_planes(source: Tensor, where: Reading, size: Ints, in_plane: bool) -> Tensor:
     """The nearest voxel's label."""
-    return torch.cat([values[0] for _, values in _planes(source[None], where, size, in_plane, "nearest")]).long()
+    return torch.cat([values[0] for _, values in _planes(source[None], where, size, in_plane, "nearest")]).to(source.dtype)
 
 
 def _planes(
@@ -206,7 +217,7 @@ def _planes(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the patch and what they read in `source` (c, z, y, x), or in the indicator of a label: (c, n, y, x).
     On a CPU so few at a time that they stay in the cache."""
-    step = max(1, IN_CACHE // (size[1] * size[2])) if on_cpu(source) else size[0]
+    step = max(TOGETHER if in_plane else 1, IN_CACHE // (size[1] * size[2])) if on_cpu(source) else size[0]
     if in_plane:
         flat = _grid(where.matrix[1:, 1:], where.shift[1:], source.shape[2:], size[1:], source.device)[None]
     else:
@@ -227,7 +238,7 @@ def _planes(
 
 
 def _as_values(source: Tensor, label: int | None) -> Tensor:
-    return source.float() if label is None else (source == label).float().mul_(SCORE)
+    return source.float() if label is None else (source == label) * SCORE
 
 
 def _grid(
@@ -241,8 +252,9 @@ def _grid(
         total = torch.tensor((move[axis] + 0.5) * factor - 1, dtype=torch.float32, device=device)
         for other in range(dims):
             steps = torch.arange(size[other], dtype=torch.float32, device=device).mul_(float(turn[axis, other]) * factor)
-            total = total + steps.reshape([-1 if k == other else 1 for k in range(dims)])
-        grid[..., dims - 1 - axis] = total
+            steps = steps.reshape([-1 if k == other else 1 for k in range(dims)])
+            # the last one fills the grid
+            total = torch.add(total, steps, out=grid[..., dims - 1 - axis] if other == dims - 1 else None)
     return grid
 
 

@@ -51,10 +51,11 @@ def interpolate(volume_czyx: Tensor, steps_zyx: Sequence[LinearStep], out_czyx: 
         planes = torch.from_numpy(np.empty(shape, np.float32)) if on_cpu(volume_czyx) else torch.empty(shape, device=device)
     y, x = _on(along_y, device), _on(along_x, device)
     if on_cpu(volume_czyx):
-        # columns of one slice, then its rows; two axes at a time, for which torch is at its fastest
+        # slice by slice, two axes at a time, for which torch is at its fastest; first the axis that makes the slice smaller
+        one, two = ((y, 0), (x, 1)) if len(along_y.first) < volume_czyx.shape[2] else ((x, 1), (y, 0))
         for old, new in zip(volume_czyx, planes, strict=True):
             for place, z in enumerate(needed):
-                new[place] = _along(_along(old[z], x, 1), y, 0)
+                _along(_along(old[z], *one), *two, out=new[place])
     else:
         planes.copy_(_along(_along(volume_czyx[:, list(needed)], x, 3), y, 2))
     if planes is not out_czyx:
@@ -63,10 +64,10 @@ def interpolate(volume_czyx: Tensor, steps_zyx: Sequence[LinearStep], out_czyx: 
             out_czyx[:, z] = torch.lerp(planes[:, index[int(first)]], planes[:, index[int(second)]], float(weight))
 
 
-def _along(volume: Tensor, step: tuple[Tensor, Tensor, Tensor], axis: int) -> Tensor:
+def _along(volume: Tensor, step: tuple[Tensor, Tensor, Tensor], axis: int, out: Tensor | None = None) -> Tensor:
     first, second, weight = step
     shape = [-1 if k == axis else 1 for k in range(volume.ndim)]
-    return torch.lerp(volume.index_select(axis, first), volume.index_select(axis, second), weight.reshape(shape))
+    return torch.lerp(volume.index_select(axis, first), volume.index_select(axis, second), weight.reshape(shape), out=out)
 
 
 def _on(step: LinearStep, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

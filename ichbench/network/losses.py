@@ -98,6 +98,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tensor:
     weights = _weights(logits, how)
     if not how.rules.has_regions:
         skipped = NOTHING if ignore is None else ignore
+        # labels come in a narrow type; torch's cross-entropy takes int64 alone
+        labels = labels.long()
         if how.pooled is None:
             return label_cross_entropy(_wide(logits), labels, weights, skipped)
         total = label_cross_entropy(_wide(logits), labels, weights, skipped, "sum")
@@ -153,7 +155,7 @@ def top_cross_entropy(logits: Tensor, labels: Tensor, how: Supervision) -> Tenso
     """
     weights = _weights(logits, how)
     ignore = NOTHING if how.rules.ignore is None else how.rules.ignore
-    each = label_cross_entropy(_wide(logits), labels, weights, ignore, "none").flatten()
+    each = label_cross_entropy(_wide(logits), labels.long(), weights, ignore, "none").flatten()
     return each.topk(max(1, each.numel() // 10), sorted=False).values.mean()
 
 
