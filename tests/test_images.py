@@ -199,7 +199,14 @@ def test_voxel_types_byte_orders_and_scales_agree_with_nibabel(
         header["scl_slope"], header["scl_inter"] = scale
     path = tmp_path / "a.nii"
     path.write_bytes(header.binaryblock + b"\0\0\0\0" + voxels.tobytes(order="F"))
-    image, grid = read_image(path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        image, grid = read_image(path)
+    assert [str(one.message) for one in said] == (
+        [f"{path}: its scl_slope is 0, so its scl_inter 5 is not added, as NIfTI says, while ITK and nnU-Net would add it"]
+        if scale == (0.0, 5.0)
+        else []
+    )
     assert image.dtype == np.float32
     assert np.array_equal(image, nibabel.load(path).get_fdata().astype(np.float32).transpose(2, 1, 0))
     write_image(tmp_path / "b.nii", image, grid)

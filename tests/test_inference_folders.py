@@ -160,6 +160,15 @@ def test_label_maps_and_the_ignore_label_of_a_cohort(tmp_path: Path, layout: obj
     assert find_in_folders(reference, two).steps == ((1,),)
 
 
+def test_masks_that_nothing_declares_are_said_to_be_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference, one = cohort(tmp_path / "reference", WHOLE, a="0112"), write(tmp_path / "one", a="0112")
+    for place, said in ((reference, False), (reference / "masks", True)):
+        run("select", place, f"m={one}")
+        assert ("declares labels: every value" in capsys.readouterr().err) == said
+        run("postprocess", "find", place, one, "--rule", tmp_path / f"{said}.json")
+        assert ("declares labels: every value" in capsys.readouterr().err) == said
+
+
 def test_a_reference_with_values_that_nothing_declares(tmp_path: Path) -> None:
     """Without a cohort.json a table's only label is 1; a 2 beside it would be counted nowhere."""
     reference, one = cohort(tmp_path / "reference", None, a="0112"), write(tmp_path / "one", a="0112")

@@ -222,6 +222,26 @@ def test_regions_of_a_table_reach_nnunets_dataset_json(small_phantom: Path, tmp_
     assert label_counts(cohort) == (3, 2)
 
 
+@pytest.mark.usefixtures("fewer_draws")
+def test_channels_out_of_order_are_refused_under_the_switch(small_phantom: Path, tmp_path: Path) -> None:
+    """nnU-Net takes the first scheme for the files _0000, whatever number it has; otherwise the number counts."""
+    folder = declaring(small_phantom, tmp_path / "two", channel_names={"1": "CT", "0": "T1"})
+    for path in [*(folder / "imagesTr").iterdir(), *(folder / "imagesTs").iterdir()]:
+        shutil.copyfile(path, path.with_name(path.name.replace("_0000", "_0001")))
+    for command in (["plan"], ["prepare", "--out", tmp_path / "out"]):
+        message = refused(*command, folder, "--compatibility", "nnunet", "--workers", "1")
+        assert "channel_names are listed in the order 1, 0;" in message
+        assert 'list them from "0" on' in message
+    assert not (tmp_path / "out").exists()
+    cohort = read_cohort(folder)
+    found = cohort_fingerprint(cohort, cohort.train_ids, PrepareRecipe())
+    assert cohort_plan(cohort, found, PrepareRecipe(), PlanRecipe()).normalization == ("ZScoreNormalization", "CTNormalization")
+    declared = json.loads((folder / "dataset.json").read_text()) | {"channel_names": {"0": "T1", "1": "CT"}}
+    (folder / "dataset.json").write_text(json.dumps(declared))
+    as_nnunet = PrepareRecipe(compatibility="nnunet")
+    assert cohort_plan(read_cohort(folder), found, as_nnunet, PlanRecipe()).normalization[1] == "CTNormalization"
+
+
 @pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "FooIO", 3])
 def test_readers_that_read_other_voxels_are_refused(small_phantom: Path, tmp_path: Path, reader: object) -> None:
     folder = declaring(small_phantom, tmp_path / "turned", overwrite_image_reader_writer=reader)

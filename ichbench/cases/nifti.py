@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,9 @@ def scaling(path: Path, header: Any) -> tuple[float | None, float]:
     """Slope and offset to apply, (None, 0) when the stored values are meant as they are."""
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not np.isfinite(slope):  # NIfTI: "do not scale"
+        if slope == 0 and inter != 0 and np.isfinite(inter):
+            said = f"its scl_slope is 0, so its scl_inter {inter:g} is not added, as NIfTI says, while ITK and nnU-Net would add it"
+            warnings.warn(f"{path}: {said}", UserWarning, stacklevel=3)
         return None, 0.0
     if not np.isfinite(inter):
         raise InputError(f"{path}: scl_inter is {inter}; a finite number is needed; write it again from its source")

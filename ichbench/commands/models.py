@@ -54,6 +54,7 @@ def find(
             f"largest component of {labels}: Dice {trial.before:.4f} -> {trial.after:.4f}, {'kept' if trial.accepted else 'not kept'}"
         )
     found.save(rule)
+    _say_what_labels_mean(reference, dataset_json)
     typer.echo(f"{len(found.steps)} steps from {found.cases} cases written to {rule}")
 
 
@@ -91,6 +92,7 @@ def select(
     found = select_folders(reference, folders, dataset_json, pairs, compatibility)
     for names, dice in found.scores.items():
         typer.echo(f"{' + '.join(names)}: mean Dice {dice:.4f}{'  <- best' if names == found.members else ''}")
+    _say_what_labels_mean(reference, dataset_json)
     if out is not None:
         found.save(out)
 
@@ -154,3 +156,12 @@ def nnunet_export(
 def _check_compatibility(compatibility: str) -> None:
     if compatibility not in ("ichbench", "nnunet"):
         raise InputError(f"--compatibility {compatibility!r} is not known; give ichbench or nnunet")
+
+
+def _say_what_labels_mean(reference: Path, dataset_json: Path | None) -> None:
+    """Masks alone do not say that some labels are regions or not to be scored."""
+    from ichbench.scoring.layouts import declares_labels
+
+    if dataset_json is None and reference.is_dir() and not declares_labels(reference):
+        what = "every value in its masks was taken for a label; --dataset-json declares regions or an ignore label"
+        typer.echo(f"note: nothing beside {reference} declares labels: {what}", err=True)

@@ -84,6 +84,17 @@ def check_expressible(cohort: Cohort, prepare: PrepareRecipe) -> None:
             )
 
 
+def check_channel_order(cohort: Cohort) -> None:
+    """Raise `InputError` where nnU-Net would normalise a channel by another's name: it goes by place in the list, not by number."""
+    table = dataset_table(cohort)
+    names = table.get("channel_names", table.get("modality"))
+    if isinstance(names, dict) and list(names) != [str(index) for index in range(len(names))]:
+        raise InputError(
+            f"{cohort.root / DATASET}: channel_names are listed in the order {', '.join(names)}; nnU-Net normalises the files _0000, "
+            '_0001, ... by the first, second, ... of them, whatever its number; list them from "0" on'
+        )
+
+
 def write_files(folder: Path, texts: Mapping[str, str], overwrite: bool = False) -> list[tuple[Path, str]]:
     """Write the texts under their names; returns (path, "written" or "unchanged") for each.
 

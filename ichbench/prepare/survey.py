@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from ichbench.cases.cohort import Cohort
 from ichbench.prepare.fingerprint import CaseFacts, Fingerprint, case_facts, combine
-from ichbench.prepare.nnunet_files import dataset_table
+from ichbench.prepare.nnunet_files import check_channel_order, dataset_table
 from ichbench.prepare.pipeline import flagged_case
 from ichbench.prepare.plan import Plan, Planned, Planner, make_plan, plan_all
 from ichbench.prepare.plans_read import count_labels
@@ -54,13 +54,13 @@ def cohort_fingerprint(
 
 def cohort_plan(cohort: Cohort, found: Fingerprint, prepare: PrepareRecipe, recipe: PlanRecipe) -> Plan:
     """The plan that `recipe` asks for, of the cases that the fingerprint was taken of."""
-    n_labels, n_classes = label_counts(cohort)
+    n_labels, n_classes = _counts(cohort, prepare)
     return make_plan(found, recipe, cohort.channel_names, n_labels, len(found.spacings), _neighbours(prepare), n_classes)
 
 
 def cohort_plans(cohort: Cohort, found: Fingerprint, prepare: PrepareRecipe, recipe: PlanRecipe) -> Planned:
     """Every configuration that nnU-Net would plan for the cohort, with the reasons."""
-    n_labels, n_classes = label_counts(cohort)
+    n_labels, n_classes = _counts(cohort, prepare)
     return plan_all(Planner(found, recipe, cohort.channel_names, n_labels, len(found.spacings), _neighbours(prepare), n_classes))
 
 
@@ -70,6 +70,12 @@ def label_counts(cohort: Cohort) -> tuple[int, int]:
     A region is one entry, however many values it joins: nnU-Net's memory estimate counts names, not values.
     """
     return count_labels(dataset_table(cohort)["labels"])
+
+
+def _counts(cohort: Cohort, prepare: PrepareRecipe) -> tuple[int, int]:
+    if prepare.compatibility == "nnunet":
+        check_channel_order(cohort)
+    return label_counts(cohort)
 
 
 def _neighbours(prepare: PrepareRecipe) -> int:

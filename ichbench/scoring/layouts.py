@@ -155,6 +155,11 @@ def rules_in(folder: Path) -> LabelRules | None:
     return describe(folder).rules if (folder / "cohort.csv").is_file() else None
 
 
+def declares_labels(folder: Path) -> bool:
+    """Does anything say what the masks of `references_in(folder)` mean?"""
+    return _declaration_of(folder) is not None or (folder / "cohort.csv").is_file()
+
+
 def _declaration_of(folder: Path) -> Path | None:
     """The dataset.json or cohort.json that says what the masks of `references_in(folder)` mean, or None."""
     places = [folder / "dataset.json", folder / "cohort.json"]

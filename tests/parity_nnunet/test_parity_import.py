@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,28 @@ def test_prepared_images_go_on_in_nnunet_as_here(tmp_path: Path, fresh_seed: int
     assert read_image(done.images[0])[0].shape == flagged.grid.shape_zyx
     ours = predict_logits(load_model(model).tools.networks[0], prepared.image_czyx, found.plan, found.recipe.inference)
     assert ours.shape[1:] == data.shape[1:]
+
+
+@pytest.mark.parametrize("members", [["base-fold1-seed0", "base-fold7-seed0"], ["base-foldfull-seed0"]])
+def test_the_printed_command_takes_every_fold(members: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's own command line, up to the images: one set of weights per fold that was exported, the chosen checkpoint and step."""
+    import nnunetv2.inference.predict_from_raw_data as theirs
+
+    overlay = {"inference": {"checkpoint": "best", "tile_step": 0.25}}
+    for index, name in enumerate(members):
+        model = write_model(tmp_path / "run/models" / name, small_plan(), overlay=overlay, seed=index)
+        for suffix in (".safetensors", ".json"):
+            (model / f"final{suffix}").rename(model / f"best{suffix}")
+    command = shlex.split(export_nnunet(tmp_path / "run/base", tmp_path / "results").command)
+    assert command[0] == "nnUNetv2_predict_from_modelfolder"
+    words = [str(tmp_path / "masks") if word == "MASKS" else word for word in command]
+    monkeypatch.setattr("sys.argv", [*words, "-device", "cpu"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    ready: list[Any] = []
+    monkeypatch.setattr(theirs.nnUNetPredictor, "predict_from_files", lambda self, *_, **__: ready.append(self))
+    theirs.predict_entry_point_modelfolder()
+    (predictor,) = ready
+    assert predictor.tile_step_size == 0.25
+    assert len(predictor.list_of_parameters) == len(members)
+    seen = {next(iter(weights.values())).sum().item() for weights in predictor.list_of_parameters}
+    assert len(seen) == len(members)

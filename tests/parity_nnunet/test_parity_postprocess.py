@@ -16,7 +16,9 @@ pytest.importorskip("nnunetv2")
 from ichbench.cases.case import Grid
 from ichbench.cases.images import read_labels, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
+from ichbench.inference.archives import write_probabilities
 from ichbench.inference.ensemble import mean_probabilities
+from ichbench.inference.folders import average_folders, select_folders
 from ichbench.inference.postprocess import dice_counts, find_postprocessing, foreground_mean, keep_largest, mean_dice
 from ichbench.inference.select import Candidate, find_best
 
@@ -163,7 +165,11 @@ def test_pairs_and_the_best_of_them(labels: dict[str, Any], fresh_seed: int, tmp
         tables[model] = {name: _probabilities(rng, mask, rules) for name, mask in references.items()}
         (tmp_path / model).mkdir()
         for name, table in tables[model].items():
-            np.savez_compressed(tmp_path / model / f"{name}.npz", probabilities=table)
+            if model == "3d_lowres":
+                # one of ours, which says what its heads mean
+                write_probabilities(tmp_path / model / f"{name}.npz", table, GRID, rules)
+            else:
+                np.savez_compressed(tmp_path / model / f"{name}.npz", probabilities=table)
     candidates = [
         Candidate(model, lambda name, t=table: rules.from_probabilities(t[name]), table.__getitem__) for model, table in tables.items()
     ]
@@ -179,6 +185,27 @@ def test_pairs_and_the_best_of_them(labels: dict[str, Any], fresh_seed: int, tmp
         theirs[members] = foreground_mean(mean_dice(counts), "nnunet")
     assert found.scores == theirs
     assert found.members == next(members for members in theirs if theirs[members] == max(theirs.values()))
+    # the same from files alone: what the labels mean comes from a dataset.json, a data set's own folder or a cohort's table
+    folders = {model: tmp_path / model for model in tables}
+    for model, table in tables.items():
+        for name, probabilities in table.items():
+            write_labels(tmp_path / model / f"{name}.nii.gz", rules.from_probabilities(probabilities), GRID)
+    masks_folder = write_folder(tmp_path / "data/labelsTr", references)
+    (tmp_path / "data/dataset.json").write_text(json.dumps(declared(labels)))
+    lines = [f"{name},../data/labelsTr/{name}.nii.gz,../data/labelsTr/{name}.nii.gz" for name in references]
+    (tmp_path / "cohort").mkdir()
+    (tmp_path / "cohort/cohort.csv").write_text("\n".join(["id,image,mask", *lines]))
+    (tmp_path / "cohort/cohort.json").write_text(
+        json.dumps({key: value for key, value in declared(labels).items() if key in ("labels", "regions_class_order")})
+    )
+    for place in (tmp_path / "data", masks_folder, tmp_path / "cohort"):
+        assert select_folders(place, folders, compatibility="nnunet").scores == theirs
+    plain = write_folder(tmp_path / "plain", references)
+    assert select_folders(plain, folders, tmp_path / "data/dataset.json", compatibility="nnunet").scores == theirs
+    members = [tmp_path / model for model in ("2d", "3d_lowres")]
+    for path in average_folders(members, tmp_path / "mean", tmp_path / "data/dataset.json"):
+        average = average_probabilities([str(model / path.name.replace(".nii.gz", ".npz")) for model in members])
+        np.testing.assert_array_equal(read_labels(path)[0], manager.convert_probabilities_to_segmentation(average))
 
 
 def _probabilities(rng: np.random.Generator, mask: NDArray[np.int16], rules: LabelRules) -> NDArray[np.float32]:
