@@ -254,7 +254,7 @@ def test_prepared_images_go_on_in_nnunet_as_here(tmp_path: Path, fresh_seed: int
     np.testing.assert_allclose(prepared.image_czyx, data, atol=TOLERANCE)
     flagged, _, _ = flagged_case(Case("a", image[None], None, its_grid), found.recipe.prepare)
     assert read_image(done.images[0])[0].shape == flagged.grid.shape_zyx
-    ours = predict_logits(load_model(model).tools.networks[0], prepared.image_czyx, found.plan, found.recipe.inference)
+    ours = predict_logits(load_model(model).tools.networks[0], prepared.image_czyx, found.plan, found.recipe.prediction())
     assert ours.shape[1:] == data.shape[1:]
 
 
