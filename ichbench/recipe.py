@@ -294,12 +294,6 @@ class Recipe(Strict):
                 raise ValueError(f"{name} names the axes {list(axes)}, but plan.dims = {dims} has the axes {list(range(dims))}")
         return self
 
-    @model_validator(mode="after")
-    def _best(self) -> Recipe:
-        if self.inference.checkpoint == "best" and self.training.validation_iterations == 0:
-            raise ValueError("inference.checkpoint = 'best' with training.validation_iterations = 0: nothing says which weights are best")
-        return self
-
     @field_validator("plan", mode="after")
     @classmethod
     def _axes(cls, plan: PlanRecipe) -> PlanRecipe:
@@ -381,7 +375,14 @@ def make_recipe(*overlays: dict[str, Any], source: str = "recipe") -> Recipe:
                 parts.append(part)
             elif part:
                 validated(Recipe, {**part, "plan": {**part.get("plan", {}), "dims": condition}}, f"{source}, {key}")
-    return validated(Recipe, _merged(parts), source)
+    made = validated(Recipe, _merged(parts), source)
+    if made.inference.checkpoint == "best" and made.training.validation_iterations == 0:
+        # a model folder of that kind can still be read: its best weights are its final ones
+        raise InputError(
+            f"{source}: inference.checkpoint = 'best' with training.validation_iterations = 0: nothing says which weights are best; "
+            "validate, or use 'final'"
+        )
+    return made
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

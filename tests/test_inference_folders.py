@@ -12,6 +12,7 @@ import pytest
 from model_folders import REGIONS, small_plan, write_model
 
 from ichbench.cases.case import Grid
+from ichbench.cases.folders import read_declaration
 from ichbench.cases.images import read_labels, write_image, write_labels
 from ichbench.cli import ablation, app
 from ichbench.errors import InputError
@@ -374,3 +375,10 @@ def test_probabilities_lie_in_file_order_beside_the_mask(tmp_path: Path, order: 
     assert 0 < stored.mean() < 1
     np.testing.assert_array_equal(table.argmax(0), stored.T)
     assert row(both / "p.nii.gz") == row(plain / "p.nii.gz")
+
+
+def test_the_decathlons_labels_above_a_folder_of_masks(tmp_path: Path) -> None:
+    (tmp_path / "labelsTr").mkdir()
+    (tmp_path / "dataset.json").write_text('{"labels": {"0": "background", "1": "clot", "2": "edema"}}')
+    rules, _ = read_declaration(tmp_path / "dataset.json")
+    assert (rules.names, rules.targets) == (("clot", "edema"), (1, 2))

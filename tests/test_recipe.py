@@ -214,5 +214,7 @@ def test_a_network_is_mirrored_as_it_was_trained(trained: Any, asked: Any, used:
 
 
 def test_best_weights_need_validation() -> None:
-    with pytest.raises(ValueError, match="nothing says which weights are best"):
-        Recipe(training=TrainingRecipe(validation_iterations=0), inference=InferenceRecipe(checkpoint="best"))
+    with pytest.raises(InputError, match="nothing says which weights are best"):
+        make_recipe({"training": {"validation_iterations": 0}, "inference": {"checkpoint": "best"}})
+    # the model folder of such a training is read
+    Recipe(training=TrainingRecipe(validation_iterations=0), inference=InferenceRecipe(checkpoint="best"))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from ichbench.training.schedule import Best, moving_average, poly_learning_rate, should_stop
+from ichbench.training.schedule import Best, Position, moving_average, poly_learning_rate, should_stop
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,9 @@ def test_best_rises_strictly_and_patience_counts_from_it() -> None:
     # extended with epoch 9 as its next: three epochs of patience from there on
     assert [should_stop(best, epoch, 3, 9) for epoch in (9, 10, 11, 12)] == [False, False, True, True]
     assert not should_stop(Best(0.5, 10), 12, 3, 9)
+
+
+def test_a_position_of_an_older_version_is_read() -> None:
+    table = Position(epoch=3, average=0.5, best=Best(0.5, 2)).to_json()
+    del table["extended_at"]
+    assert Position.from_json(table) == Position(epoch=3, average=0.5, best=Best(0.5, 2))

@@ -206,7 +206,9 @@ def _identity(job: Job) -> dict[str, Any]:
     from ichbench.network.weights import weights_digest
 
     wanted = job.wanted
-    table = {key: value for key, value in flat(job.arm.recipe.model_dump(mode="json")).items() if key != "training.epochs"}
+    # as it predicts, so that "auto" and what it comes to are the same training
+    recipe = job.arm.recipe.model_copy(update={"inference": job.arm.recipe.prediction()})
+    table = {key: value for key, value in flat(recipe.model_dump(mode="json")).items() if key != "training.epochs"}
     table |= {
         "fold": wanted.fold,
         "seed": wanted.seed,

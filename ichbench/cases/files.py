@@ -144,7 +144,10 @@ def seal(table: dict[str, Any]) -> bytes:
 
 def unseal(path: Path) -> dict[str, Any]:
     """What `seal` wrote. ValueError where the file is damaged, OSError where it cannot be read."""
-    table = json.loads(path.read_bytes())
+    try:
+        table = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     content = table.get("content") if isinstance(table, dict) else None
     if not isinstance(content, dict) or table.get("sha256") != _digest(content):
         raise ValueError("its sha256 is not that of its content")

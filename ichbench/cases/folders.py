@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.cases.files import read_table
-from ichbench.cases.labels import LabelRules, read_rules
+from ichbench.cases.labels import LabelRules, read_rules, turned_round
 from ichbench.errors import InputError
 
 ENDINGS = (".nii.gz", ".nii")
@@ -86,7 +86,7 @@ def read_declaration(path: Path) -> tuple[LabelRules, dict[int, int] | None]:
         found = _with_side_file(path, "", path.parent, ())
         return found.rules, found.label_map
     declared = read_table(path, "correct it")
-    return read_rules(declared.get("labels"), declared.get("regions_class_order"), path), _label_map(path, declared)
+    return read_rules(turned_round(declared.get("labels")), declared.get("regions_class_order"), path), _label_map(path, declared)
 
 
 def _from_nnunet(root: Path) -> Description:

@@ -124,6 +124,13 @@ def plain_rules(n_heads: int, ignore: int | None = None) -> LabelRules:
     return LabelRules(tuple(f"label {value}" for value in range(1, n_heads)), tuple(range(1, n_heads)), (), ignore)
 
 
+def turned_round(declared: object) -> object:
+    """Labels as nnU-Net 2 declares them, name -> value, also where they come as value -> name (nnU-Net 1, the Decathlon)."""
+    if isinstance(declared, Mapping) and declared and all(str(key).isdigit() and isinstance(name, str) for key, name in declared.items()):
+        return {name: int(key) for key, name in declared.items()}
+    return declared
+
+
 def read_rules(declared: object, regions_class_order: object = None, source: object = "dataset.json") -> LabelRules:
     """Rules of `labels` and `regions_class_order` as a `dataset.json` has them; raises InputError for what nnU-Net refuses too.
 

@@ -66,8 +66,12 @@ def train(
                 sinks = [show, *tracking, curves_sink(curves, out / "log.jsonl", names)]
                 done = train_fold(job, sinks, tick=tick, say=typer.echo, team=team, saving=Saving(out / "checkpoints", save_every))
         except KeyboardInterrupt:
-            again = "it again without --overwrite" if overwrite else "the same command again"
-            typer.echo(f"\ninterrupted; run {again} to go on from the last checkpoint", err=True)
+            todo = "run the same command again to go on from the last checkpoint"
+            if overwrite:
+                todo = (
+                    "before its first step nothing was replaced; after it the command without --overwrite goes on from the last checkpoint"
+                )
+            typer.echo(f"\ninterrupted; {todo}", err=True)
             raise typer.Exit(INTERRUPTED) from None
     not_drawn = draw_curves(read_log(out / "log.jsonl"), curves, names)
     _print_done(done, out, curves, not_drawn)

@@ -101,7 +101,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
         data = path.read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the weights {path} and their manifest {manifest_path(path).name}: {error}") from None
     expected = manifest.get("sha256") if isinstance(manifest, dict) else None
     found = hashlib.sha256(data).hexdigest()

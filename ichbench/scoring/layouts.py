@@ -14,7 +14,7 @@ from typing import Any
 
 from ichbench.cases.files import read_table
 from ichbench.cases.folders import describe, read_declaration
-from ichbench.cases.labels import LabelRules, scored_labels
+from ichbench.cases.labels import LabelRules, scored_labels, turned_round
 from ichbench.errors import InputError
 from ichbench.scoring.score import Labels, regions_of
 
@@ -208,8 +208,7 @@ def check_labels(declared: object, where: str) -> Labels:
 
     The older form of nnU-Net 1 and the Decathlon, `{"0": "background", "1": "clot"}`, is turned round.
     """
-    if isinstance(declared, Mapping) and declared and all(str(key).isdigit() and isinstance(name, str) for key, name in declared.items()):
-        declared = {name: int(key) for key, name in declared.items()}
+    declared = turned_round(declared)
     if not isinstance(declared, Mapping) or not declared:
         raise InputError(f'{where}: labels are {declared!r}; they must be {{"background": 0, "name": 1, "region": [1, 2], ...}}')
     labels: dict[str, int | tuple[int, ...]] = {}

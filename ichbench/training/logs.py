@@ -58,7 +58,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a log; a torn last one is left out."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
     return lines
 

@@ -71,6 +71,7 @@ class Position:
     def from_json(cls, table: dict[str, Any]) -> Position:
         """What `to_json` made."""
         best = table["best"]
-        known = {name: table[name] for name in cls.__dataclass_fields__}
+        # a field that an older version did not write has its default
+        known = {name: table[name] for name in cls.__dataclass_fields__ if name in table}
         known["best"] = Best() if best["value"] is None else Best(best["value"], best["epoch"])
         return cls(**known | {"pseudo_dice": tuple(table["pseudo_dice"])})
