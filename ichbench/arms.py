@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.errors import InputError
-from ichbench.recipe import CONDITIONS, Recipe, flat, make_recipe
+from ichbench.overlays import CONDITIONS, flat, make_recipe
+from ichbench.recipe import Recipe
 
 
 @dataclass(frozen=True)

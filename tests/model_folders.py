@@ -14,9 +14,10 @@ from ichbench.cases.labels import declared, read_rules
 from ichbench.inference.nnunet_export import export_nnunet
 from ichbench.network.unet import UNet, make_unet
 from ichbench.network.weights import save_weights
+from ichbench.overlays import make_recipe
 from ichbench.prepare.plan import Plan
 from ichbench.prepare.topology import feature_map_elements, topology
-from ichbench.recipe import Recipe, make_recipe
+from ichbench.recipe import Recipe
 
 CT = {"mean": 40.0, "median": 40.0, "std": 20.0, "min": -50.0, "max": 120.0, "percentile_00_5": -20.0, "percentile_99_5": 100.0}
 LABELS = {"background": 0, "ich": 1}

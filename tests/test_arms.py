@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from ichbench.arms import load_arm, load_preset, shipped
 from ichbench.cases.case import Case
 from ichbench.cases.phantom import draw_case, make_case
+from ichbench.overlays import make_recipe
 from ichbench.prepare.fingerprint import fingerprint
 from ichbench.prepare.pipeline import flagged_case, prepare_case, restore_logits
 from ichbench.prepare.plan import Plan, make_plan
-from ichbench.recipe import Recipe, make_recipe
+from ichbench.recipe import Recipe
 
 Image = NDArray[np.float32]
 HEAD_MM2 = 2000.0

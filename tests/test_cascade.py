@@ -19,9 +19,10 @@ from ichbench.cases.phantom import write_phantom
 from ichbench.errors import InputError
 from ichbench.inference.cascade import previous_labels
 from ichbench.inference.model import load_model, predict_path
+from ichbench.overlays import make_recipe
 from ichbench.prepare.plan import Plan
 from ichbench.prepare.store import read_prepared
-from ichbench.recipe import Recipe, make_recipe
+from ichbench.recipe import Recipe
 
 STUDY = 'why = "x"\nbase = "cascade"\nfloor = false\nceilings = false\n'
 

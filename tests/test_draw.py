@@ -24,7 +24,8 @@ from ichbench.augmentation.draw import (
 )
 from ichbench.augmentation.patches import sample_generator
 from ichbench.errors import InputError
-from ichbench.recipe import AugmentRecipe, make_recipe
+from ichbench.overlays import make_recipe
+from ichbench.recipe import AugmentRecipe
 
 CUBE, SLAB, FLAT = (12, 12, 12), (4, 16, 16), (16, 16)
 COUNT = 8_000

@@ -55,6 +55,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
     ),
     "strict": (),
     "recipe": (),
+    "overlays": (),
     "arms": (),
     "prepare": (
         "window",

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from ichbench.errors import InputError
+from ichbench.overlays import make_recipe
 from ichbench.prepare.configuration import read_plan
 from ichbench.prepare.fingerprint import Fingerprint
 from ichbench.prepare.plan import Plan, Planner, make_plan, plan_all
 from ichbench.prepare.topology import FAMILIES, feature_map_elements, topology
-from ichbench.recipe import PlanRecipe, make_recipe
+from ichbench.recipe import PlanRecipe
 
 FACTS = {"mean": 40.0, "std": 10.0, "median": 40.0, "min": 0.0, "max": 90.0, "percentile_00_5": 10.0, "percentile_99_5": 80.0}
 

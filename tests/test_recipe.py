@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from ichbench.arms import load_arm, load_preset, shipped
 from ichbench.errors import InputError
 from ichbench.inference.predictors import PREDICTORS
+from ichbench.overlays import diff, make_recipe
 from ichbench.prepare.downsample import POOLING
-from ichbench.recipe import AugmentRecipe, Downsample, InferenceRecipe, PrepareRecipe, Recipe, TrainingRecipe, diff, make_recipe
+from ichbench.recipe import AugmentRecipe, Downsample, InferenceRecipe, PrepareRecipe, Recipe, TrainingRecipe
 
 ARMS = sorted(shipped())
 

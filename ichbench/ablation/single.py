@@ -33,7 +33,8 @@ from ichbench.cases.cohort import Cohort
 from ichbench.cases.files import seal, unseal, write_atomically
 from ichbench.compute import ONE_CORE, Compute
 from ichbench.errors import InputError
-from ichbench.recipe import check_precision, flat
+from ichbench.overlays import flat
+from ichbench.recipe import check_precision
 from ichbench.scoring.score import Score
 from ichbench.scoring.tables import read_scores, write_scores
 from ichbench.training.parallel import ALONE, Team

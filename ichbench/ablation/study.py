@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ichbench.arms import Arm, load_arm, load_overlay, load_preset, parse_toml, read_shipped, shipped
 from ichbench.errors import InputError
-from ichbench.recipe import Recipe, diff, make_recipe
+from ichbench.overlays import diff, make_recipe
+from ichbench.recipe import Recipe
 
 #: arms whose masks need no training: they have neither fold nor seed
 UNTRAINED = ("threshold", "roundtrip", "folder")

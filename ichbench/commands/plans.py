@@ -117,10 +117,10 @@ def _measured(
     """The cohort, its fingerprint (read, if a file is given) and the recipe."""
     from ichbench.arms import load_overlay
     from ichbench.cases.cohort import read_cohort
+    from ichbench.overlays import make_recipe
     from ichbench.prepare.fingerprint import read_fingerprint
     from ichbench.prepare.nnunet_files import check_expressible, reader_of
     from ichbench.prepare.survey import cohort_fingerprint
-    from ichbench.recipe import make_recipe
     from ichbench.scoring.folders import available_cores
 
     below = load_overlay(arm)[1] if arm is not None else {}

@@ -30,10 +30,11 @@ from ichbench.network.checkpoint import read_checkpoint
 from ichbench.network.nnunet_weights import weights_from_nnunet
 from ichbench.network.unet import UNet, check_topology
 from ichbench.network.weights import save_weights
+from ichbench.overlays import make_recipe
 from ichbench.prepare.configuration import network_plan
 from ichbench.prepare.plan import Plan
 from ichbench.prepare.plans_read import plan_of, read_plans
-from ichbench.recipe import NetworkRecipe, make_recipe
+from ichbench.recipe import NetworkRecipe
 
 CHECKPOINTS = ("final", "best")
 #: what decides how nnU-Net's two networks compute; plans with other settings are refused

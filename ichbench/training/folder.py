@@ -29,7 +29,8 @@ from ichbench.cases.files import seal, unseal, write_atomically
 from ichbench.compute import Compute
 from ichbench.errors import InputError
 from ichbench.network.weights import weights_digest
-from ichbench.recipe import NetworkRecipe, TrainingRecipe, flat
+from ichbench.overlays import flat
+from ichbench.recipe import NetworkRecipe, TrainingRecipe
 from ichbench.training.checkpoint import places
 
 MARK, LOG = "training.json", "log.jsonl"

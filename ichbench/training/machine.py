@@ -20,9 +20,10 @@ from ichbench.arms import load_preset
 from ichbench.cases.labels import plain_rules
 from ichbench.network.losses import Supervision, dice_ce, supervised
 from ichbench.network.unet import UNet, make_unet
+from ichbench.overlays import make_recipe
 from ichbench.prepare.fingerprint import Fingerprint
 from ichbench.prepare.plan import Plan, make_plan
-from ichbench.recipe import PlanRecipe, Recipe, make_recipe
+from ichbench.recipe import PlanRecipe, Recipe
 from ichbench.training.logs import duration
 from ichbench.training.optimizers import OPTIMIZERS
 
