@@ -44,6 +44,8 @@ from ichbench.recipe import InferenceRecipe, NetworkRecipe, PlanRecipe, PrepareR
 
 LABELS = {"background": 0, "ich": 1}
 WINOGRAD, DIRECT = "ichbench, fp32, Winograd (default)", "ichbench, fp32, direct"
+#: their compiler (20 s to some minutes, once a process) is not timed
+COMPILED, COMPILED_BF16 = "ichbench, fp32, compiled", "ichbench, bf16, compiled"
 
 
 def main() -> None:
@@ -79,16 +81,15 @@ def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
     network.eval()
     unlabelled = replace(case, labels_zyx=None)
     recipe = InferenceRecipe(mirror=given.mirror)
-    direct = recipe.model_copy(update={"convolution": "direct"})
-    sides: dict[str, Callable[[], Any]] = {
-        WINOGRAD: ours(unlabelled, recipe, prepare, plan, network, given.device),
-        DIRECT: ours(unlabelled, direct, prepare, plan, network, given.device),
-    }
-    sides["ichbench, compatibility = nnunet"] = ours(
-        unlabelled, recipe.model_copy(update={"compatibility": "nnunet"}), prepare, plan, network, given.device
-    )
+
+    def side(**fields: str) -> Callable[[], Any]:
+        return ours(unlabelled, recipe.model_copy(update=fields), prepare, plan, network, given.device)
+
+    sides = {WINOGRAD: side(), DIRECT: side(convolution="direct"), COMPILED: side(convolution="compiled")}
+    sides["ichbench, compatibility = nnunet"] = side(compatibility="nnunet")
     if given.device != "cpu" or has_bf16():
-        sides["ichbench, bf16"] = ours(unlabelled, recipe.model_copy(update={"precision": "bf16"}), prepare, plan, network, given.device)
+        sides["ichbench, bf16"] = side(precision="bf16")
+        sides[COMPILED_BF16] = side(precision="bf16", convolution="compiled")
     if not given.skip_peers:
         sides[f"nnU-Net {peer_version()}"] = theirs(unlabelled, plan, network, given.mirror, given.device)
     best, masks = timed(sides, given.repeats)
@@ -116,16 +117,20 @@ def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
 
 def alone(given: argparse.Namespace, features: int) -> Iterator[str]:
     """The networks on one patch, without tiles, mirrorings and what comes before and after."""
+    from ichbench.network.compiled import compiled_network
     from ichbench.network.fast import fast_network
 
     plan = planned(given, features, head_ct())
     network = make_unet(plan, NetworkRecipe()).eval()
     x = torch.randn(1, plan.in_channels, *plan.patch_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        sides = {WINOGRAD: fast_network(network), DIRECT: network}
+        sides: dict[str, Callable[[Any], Any]] = {WINOGRAD: fast_network(network), DIRECT: network, COMPILED: compiled_network(network)}
+        if has_bf16():
+            sides[COMPILED_BF16] = torch.autocast("cpu", torch.bfloat16)(compiled_network(network))
         if not given.skip_peers:
             sides[f"nnU-Net {peer_version()}"] = checked_network(plan, network)
-        best, answers = timed({name: lambda side=side: side(x).numpy() for name, side in sides.items()}, given.repeats)  # type: ignore[misc]
+        calls = {name: lambda side=side: side(x).float().numpy() for name, side in sides.items()}  # type: ignore[misc]
+        best, answers = timed(calls, given.repeats)
     base, spread = best[list(best)[-1]], float(answers[DIRECT].std())
     yield "| network on one patch | seconds | nnU-Net / side | largest difference to our direct logits, over their spread |"
     yield "|---|---|---|---|"
@@ -220,6 +225,9 @@ def checked_network(plan: Plan, network: UNet) -> nn.Module:
 def timed(sides: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, NDArray[np.integer]]]:
     best: dict[str, float] = {}
     masks: dict[str, NDArray[np.integer]] = {}
+    for name in (COMPILED, COMPILED_BF16):
+        if name in sides:
+            sides[name]()
     for _ in range(repeats):
         for name, side in sides.items():
             began = time.process_time()

@@ -245,8 +245,9 @@ class InferenceRecipe(Strict):
     mirror: Literal["auto"] | bool | tuple[Annotated[int, Field(ge=0, le=2)], ...] = "auto"
     #: what the network computes in; sums over tiles and mirrorings stay float32. fp16 is for GPUs, bf16 pays where the CPU has it
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    #: winograd: on a CPU in fp32 the same U-Net with fewer multiplications (network/fast.py), of which rounding differs; else direct
-    convolution: Literal["direct", "winograd"] = "winograd"
+    #: winograd: on a CPU in fp32 the same U-Net with fewer multiplications (network/fast.py), else as direct; compiled: as one
+    #: program, half a minute of compiling per network, for bf16 and GPUs (network/compiled.py); only their rounding differs
+    convolution: Literal["direct", "winograd", "compiled"] = "winograd"
     #: nnunet: one tile at a time by direct convolutions, sums over tiles and folds and resampling back in half precision, as nnU-Net does
     compatibility: Literal["ichbench", "nnunet"] = "ichbench"
     #: cross-validate: keep only largest components where that raised the Dice of the five folds (nnU-Net's rule)

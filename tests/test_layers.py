@@ -83,7 +83,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "store",
         "whole",
     ),
-    "network": ("conv", "norm", "blocks", "unet", "winograd", "fast", "losses", "weights", "checkpoint", "nnunet_weights"),
+    "network": ("conv", "norm", "blocks", "unet", "winograd", "fast", "compiled", "losses", "weights", "checkpoint", "nnunet_weights"),
     "inference": (
         "sliding",
         "ensemble",

@@ -23,6 +23,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
+from ichbench.network.compiled import compiled_network
 from ichbench.network.fast import fast_network
 from ichbench.network.unet import UNet
 from ichbench.recipe import InferenceRecipe, check_precision
@@ -94,7 +95,9 @@ def predict_logits(
         raise InputError(f"{name}: expected an image (channels, z, y, x), got shape {image_czyx.shape}")
     if isinstance(network, nn.Module):
         network.eval()
-    if isinstance(network, UNet) and is_fast(recipe, device):
+    if isinstance(network, UNet) and recipe.convolution == "compiled":
+        network = compiled_network(network)
+    elif isinstance(network, UNet) and is_fast(recipe, device):
         network = fast_network(network)
     flips = mirrorings(recipe.mirror, plan.dims)
     with torch.inference_mode(), _precision(recipe, device):
@@ -130,9 +133,9 @@ def mirrorings(mirror: str | bool | tuple[int, ...], dims: int) -> list[tuple[in
 
 
 def is_fast(recipe: InferenceRecipe, device: str) -> bool:
-    """Whether `recipe.convolution` holds: Winograd's sums need single precision, and nnU-Net's are direct."""
-    direct = recipe.convolution == "direct" or recipe.compatibility == "nnunet"
-    return not direct and recipe.precision == "fp32" and torch.device(device).type == "cpu"
+    """Whether convolutions go by Winograd, whose sums need single precision; nnU-Net's are direct."""
+    asked = recipe.convolution == "winograd" and recipe.compatibility != "nnunet"
+    return asked and recipe.precision == "fp32" and torch.device(device).type == "cpu"
 
 
 def _precision(recipe: InferenceRecipe, device: str) -> Any:
