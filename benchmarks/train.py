@@ -7,7 +7,8 @@ same weights. Sides take turns and the best counts; seconds are the process's CP
 The first `--trajectory` losses must agree: both sides then compute the same thing. Peak memory is that of a process of its own.
 
 On a GPU the table also gives TFLOP/s, their share of a measured bfloat16 matrix product, and how long a step waits for patches cut
-and augmented by `--workers` threads; nnU-Net's step is then compiled, as it is by default. That part has not been run: no GPU was at hand.
+and augmented by `--workers` threads; nnU-Net's step is then compiled, as it is by default, and ours has a row compiled and one not.
+That part has not been run: no GPU was at hand. `--compiled` adds our compiled rows on a CPU.
 
     pip install . "nnunetv2==2.8.1" && OMP_NUM_THREADS=1 python benchmarks/train.py [--out benchmarks/results/train.md]
 """
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.labels import plain_rules
+from ichbench.network.compiled import Compiled
 from ichbench.network.losses import LOSSES, Supervision, shrink_target, supervised
 from ichbench.network.unet import UNet, make_unet
 from ichbench.prepare.fingerprint import fingerprint
@@ -42,6 +44,10 @@ from ichbench.training.trainer import OPTIMIZERS
 
 #: the losses of the first steps may differ by so much; later steps multiply rounding
 TRAJECTORY = 1e-3
+
+
+#: our sides: precision, and whether the network is compiled
+OURS = {"fp32": ("fp32", False), "bf16": ("bf16", False), "fp32-compiled": ("fp32", True), "bf16-compiled": ("bf16", True)}
 
 
 @dataclass
@@ -62,7 +68,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=0, help="steps more, for the times")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=4, help="threads that make patches, on a GPU")
-    parser.add_argument("--memory", choices=("fp32", "bf16", "peer"), help="only print the peak memory of one side, GB")
+    parser.add_argument("--compiled", action="store_true", help="compiled steps on a CPU, too")
+    parser.add_argument("--memory", choices=(*OURS, "peer"), help="only print the peak memory of one side, GB")
     given = parser.parse_args()
     if given.memory:
         print(f"{peak_gb(given):.2f}")
@@ -112,12 +119,14 @@ def table(given: argparse.Namespace, features: int, threads: int) -> Iterator[st
         yield line + (f" {done / 1e12:.1f} | {done / rate:.0%} |" if gpu else "")
     if gpu:
         yield ""
-        yield waits(plan, given.device, given.workers, best["bf16"])
+        yield waits(plan, given.device, given.workers, best["bf16-compiled"])
 
 
 def names(given: argparse.Namespace) -> list[str]:
-    half = ["bf16"] if given.device != "cpu" or has_bf16() else []
-    return ["fp32", *half, *([] if given.skip_peers else ["peer"])]
+    gpu = given.device != "cpu"
+    precisions = ["fp32", *(["bf16"] if gpu or has_bf16() else [])]
+    compiled = [f"{name}-compiled" for name in precisions] if gpu or given.compiled else []
+    return [*precisions, *compiled, *([] if given.skip_peers else ["peer"])]
 
 
 def make_side(name: str, plan: Plan, device: str) -> Side:
@@ -125,25 +134,27 @@ def make_side(name: str, plan: Plan, device: str) -> Side:
     return theirs(plan, network, device) if name == "peer" else ours(name, plan, network, device)
 
 
-def ours(precision: str, plan: Plan, network: UNet, device: str) -> Side:
+def ours(name: str, plan: Plan, network: UNet, device: str) -> Side:
+    precision, compiled = OURS[name]
     recipe = TrainingRecipe(precision="bf16" if precision == "bf16" else "fp32")
     network = network.to(device).train()
+    model = Compiled(network, "--compiled") if compiled else network
     optimizer = OPTIMIZERS[recipe.optimizer](network.parameters(), recipe)
     how = Supervision(plain_rules(plan.n_classes), plan.batch_dice)
 
     def step(image: Tensor, labels: Tensor) -> float:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
-            outputs = network(image)
+            outputs = model(image)
         loss = supervised(LOSSES[recipe.loss], outputs, labels, how, NetworkRecipe().unsupervised_levels)
-        value = float(loss.detach())
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), recipe.gradient_clip)
         optimizer.step()
+        value = float(loss.detach())
         finish(device)
         return value
 
-    return Side(f"ichbench, {recipe.precision}", step)
+    return Side(f"ichbench, {recipe.precision}" + (", compiled" if compiled else ""), step)
 
 
 def theirs(plan: Plan, network: UNet, device: str) -> Side:

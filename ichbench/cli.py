@@ -49,6 +49,7 @@ def run_ablation(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N")] = None,
     threads: Annotated[str | None, typer.Option(help="threads per step; scores depend on it in the last digits")] = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits every time on a GPU, too; slower")] = False,
+    compiled: Annotated[str | None, typer.Option("--compile", help="auto (GPUs), yes or no: train compiled networks")] = None,
     protocol: Annotated[str | None, typer.Option(help="scoring protocol: instance2022 or strict")] = None,
     predictions: Annotated[list[str] | None, typer.Option(help="NAME=DIR: somebody else's masks as an arm")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show settings, arms and steps, compute nothing")] = False,
@@ -68,6 +69,7 @@ def run_ablation(
         "threads": threads,
         "protocol": protocol,
         "deterministic": "yes" if deterministic else None,
+        "compile": compiled,
     }
     defaults = read_study_file(settle_study(study))[1].run
     settings = settle(given, defaults)

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ichbench.errors import InputError
 
@@ -26,24 +26,42 @@ class Compute:
     """device         cpu, cuda or cuda:N
     threads        of the CPU
     deterministic  a GPU, too, takes only operations that give the same bits every time; a CPU does so anyway
+    compiled       networks train as programs of torch's compiler (network/compiled.py); auto: on a GPU, unless deterministic
     """
 
     device: str = "cpu"
     threads: int = 1
     deterministic: bool = False
+    compiled: Literal["auto", "yes", "no"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.compiled == "yes" and self.deterministic and self.kind != "cpu":
+            raise InputError("--compile yes and --deterministic: a compiled program is chosen by timing it; leave one of them out")
 
     @property
     def kind(self) -> str:
         """cpu or cuda."""
         return self.device.split(":")[0]
 
+    @property
+    def compiles(self) -> bool:
+        return self.compiled == "yes" or (self.compiled == "auto" and self.kind != "cpu" and not self.deterministic)
+
     def environment(self) -> dict[str, Any]:
         """What of it a result depends on. Which of several GPUs was used does not count, nor what a CPU does anyway."""
-        table = {"device": self.kind, "threads": self.threads}
-        return table | {"deterministic": True} if self.deterministic and self.kind != "cpu" else table
+        table: dict[str, Any] = {"device": self.kind, "threads": self.threads}
+        table |= {"deterministic": True} if self.deterministic and self.kind != "cpu" else {}
+        return table | ({"compiled": True} if self.compiles else {})
 
 
 ONE_CORE = Compute()
+
+
+def parse_compiled(text: str) -> Literal["auto", "yes", "no"]:
+    """What `--compile` says."""
+    if text in ("auto", "yes", "no"):
+        return cast(Literal["auto", "yes", "no"], text)
+    raise InputError(f"--compile {text!r} is not understood; give auto, yes or no")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from ichbench import compute
 from ichbench.augmentation.batches import make_batch, training_sampling
 from ichbench.augmentation.patches import TrainingCase
 from ichbench.cases.labels import LabelRules, plain_rules
-from ichbench.compute import ONE_CORE, Compute, computing, resolve_device
+from ichbench.compute import ONE_CORE, Compute, computing, parse_compiled, resolve_device
 from ichbench.errors import InputError
 from ichbench.network.blocks import MEAN_POOL, box_mean
 from ichbench.network.losses import LOSSES, Supervision, repeatable_cross_entropy, supervised
@@ -190,7 +190,22 @@ def test_torch_is_left_as_it_was() -> None:
 def test_the_environment_names_what_moves_the_last_digits() -> None:
     assert ONE_CORE.environment() == {"device": "cpu", "threads": 1} == Compute(deterministic=True).environment()
     assert Compute("cuda:3", 2, True).environment() == {"device": "cuda", "threads": 2, "deterministic": True}
-    assert Compute("cuda").environment() == {"device": "cuda", "threads": 1}
+    assert Compute("cuda", compiled="no").environment() == {"device": "cuda", "threads": 1}
+    assert Compute("cuda").environment() == {"device": "cuda", "threads": 1, "compiled": True}
+    assert Compute(compiled="yes").environment() == {"device": "cpu", "threads": 1, "compiled": True}
+
+
+def test_what_is_compiled() -> None:
+    """Programs are chosen by timing them, so that one may be another the next time."""
+    gpu = [Compute("cuda").compiles, Compute("cuda", deterministic=True).compiles, Compute("cuda", compiled="no").compiles]
+    assert gpu == [True, False, False]
+    assert not ONE_CORE.compiles
+    assert Compute(deterministic=True, compiled="yes").compiles
+    with pytest.raises(InputError, match=r"--compile yes and --deterministic: .* leave one of them out"):
+        Compute("cuda:1", deterministic=True, compiled="yes")
+    assert [parse_compiled(text) for text in ("auto", "yes", "no")] == ["auto", "yes", "no"]
+    with pytest.raises(InputError, match="--compile 'maybe' is not understood; give auto, yes or no"):
+        parse_compiled("maybe")
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def test_the_study_follows_the_same_precedence() -> None:
         ({"device": "tpu"}, "give auto, cpu, cuda"),
         ({"device": "cuda:x"}, "give auto, cpu, cuda"),
         ({"deterministic": "perhaps"}, "give yes or no"),
+        ({"compile": "perhaps"}, "give auto, yes or no"),
     ],
 )
 def test_bad_settings(given: dict[str, str | None], said: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ichbench.ablation.study import RunDefaults
 from ichbench.arms import shipped
-from ichbench.compute import Compute, resolve_device
+from ichbench.compute import Compute, parse_compiled, resolve_device
 from ichbench.errors import InputError
 from ichbench.scoring.protocol import get_protocol
 
@@ -46,6 +46,7 @@ class Settings:
             "device": self.compute.device,
             "threads": str(self.compute.threads),
             "deterministic": "yes" if self.compute.deterministic else "no",
+            "compile": self.compute.compiled,
             "protocol": self.protocol,
         }
         return [f"{name:13} = {value}   ({self.sources[name]})" for name, value in shown.items()]
@@ -79,6 +80,7 @@ def settle(given: Mapping[str, str | None], study_defaults: RunDefaults, environ
     threads = _whole(pick("threads", None, "1"), "threads", 1)
     device = resolve_device(pick("device", None, "auto"))
     deterministic = _yes_or_no(pick("deterministic", None, "no"), "deterministic")
+    compiled = parse_compiled(pick("compile", None, "auto"))
     protocol = get_protocol(pick("protocol", None, "instance2022")).name
     return Settings(
         study,
@@ -88,7 +90,7 @@ def settle(given: Mapping[str, str | None], study_defaults: RunDefaults, environ
         parse_seeds(seeds_text),
         None if folds == "by cohort" else folds,
         workers,
-        Compute(device, threads, deterministic),
+        Compute(device, threads, deterministic, compiled),
         protocol,
         sources,
     )

@@ -25,6 +25,7 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; the last digits of the weights depend on it")] = 1,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="the same bits every time on a GPU, too; slower")] = False,
+    compiled: Annotated[str, typer.Option("--compile", help="auto (GPUs), yes or no: train a compiled network")] = "auto",
     protocol: Annotated[str, typer.Option(help="scoring protocol of the validation cases")] = "instance2022",
     log: Annotated[list[str] | None, typer.Option(help="also log to: tensorboard, mlflow")] = None,
     save_every: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="between checkpoints; changes no result")] = 10.0,
@@ -36,7 +37,7 @@ def train(
     training when torchrun starts the command: torchrun --nproc-per-node 2 -m ichbench.cli train COHORT --out DIR.
     """
     from ichbench.ablation.single import Wanted, plan_fold, train_fold
-    from ichbench.compute import Compute, resolve_device
+    from ichbench.compute import Compute, parse_compiled, resolve_device
     from ichbench.scoring.protocol import get_protocol
     from ichbench.training.folder import Saving
     from ichbench.training.logs import curves_sink, draw_curves, live, read_log, trackers
@@ -44,7 +45,7 @@ def train(
 
     rules, place = get_protocol(protocol).name, resolve_device(device)
     with team_of_torchrun(place) as (team, place), warnings.catch_warnings():
-        compute = Compute(place, threads, deterministic)
+        compute = Compute(place, threads, deterministic, parse_compiled(compiled))
         wanted = Wanted(cohort, out, recipe, preset, fold, seed, compute, rules, pretrained, overwrite, extend_to)
         if not team.leads:
             warnings.simplefilter("ignore")

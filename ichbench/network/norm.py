@@ -28,11 +28,12 @@ class NormAct(nn.Module):
         self.leaky_slope, self.eps = leaky_slope, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            return _in_place(x, self.weight, self.bias, self.leaky_slope, self.eps)
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            return _ChannelsLast.apply(x, self.weight, self.bias, self.leaky_slope, self.eps)  # type: ignore[no-any-return, no-untyped-call]
-        normed = F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        # a compiler joins torch's own functions with what stands before and after
+        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+            way = _ChannelsLast.apply if torch.is_grad_enabled() else _in_place
+            return way(x, self.weight, self.bias, self.leaky_slope, self.eps)
+        # torch.nn.functional's would refuse a single voxel, which becomes the bias here as above
+        normed = torch.instance_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, torch.backends.cudnn.enabled)
         return normed if self.leaky_slope == 1 else F.leaky_relu(normed, self.leaky_slope, inplace=True)
 
 

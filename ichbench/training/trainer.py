@@ -24,6 +24,7 @@ from ichbench.augmentation.patches import TRAIN_STREAM, VALIDATION_STREAM, Train
 from ichbench.cases.labels import LabelRules, plain_rules
 from ichbench.compute import ONE_CORE, Compute, computing
 from ichbench.errors import CaseError, InputError
+from ichbench.network.compiled import Compiled
 from ichbench.network.losses import LOSSES, Loss, Supervision, supervised
 from ichbench.network.norm import averages_kept
 from ichbench.network.unet import Topology, UNet, make_unet
@@ -129,7 +130,7 @@ def train(
     checkpoints = out / "checkpoints" if saving.folder is None else saving.folder
     with computing(compute):
         # what cannot be built is known before anything is touched
-        run = _Run(cases, validation_cases, plan, network, training, seed, torch.device(compute.device), supervision, team)
+        run = _Run(cases, validation_cases, plan, network, training, seed, compute, supervision, team)
         if pretrained is not None:
             start_from(run.network, pretrained)
         if not team.leads:
@@ -173,13 +174,13 @@ class _Run:
         network: NetworkRecipe,
         training: TrainingRecipe,
         seed: int,
-        device: torch.device,
+        compute: Compute,
         supervision: Supervision,
         team: Team,
     ) -> None:
         self.cases = choose_cases(cases, training.cases, seed)
         self.validation_cases = validation_cases if training.validation_iterations else []
-        self.plan, self.recipe, self.device = plan, training, device
+        self.plan, self.recipe, self.device = plan, training, torch.device(compute.device)
         # a plan of nnU-Net's kind says which channels are normalised inside the head alone; neighbouring slices repeat the channels
         masked = tuple(getattr(plan, "use_mask_for_norm", ()))
         channels = cases[0].image_czyx.shape[0]
@@ -192,8 +193,12 @@ class _Run:
         self.sampling: Sampling = training_sampling(plan.patch_size, plan.batch_size, training, seed, masked, previous)
         self.team, self.samples = team, team.share(plan.batch_size)
         self.validation_sampling = replace(self.sampling, augment=None)
-        self.network: UNet = make_unet(plan, network, seed).to(device)
-        self.model = team.wrapped(self.network)
+        self.network: UNet = make_unet(plan, network, seed).to(self.device)
+        #: answers as the network does
+        self.model: nn.Module = self.network
+        if compute.compiles:
+            self.model = Compiled(self.network, f"--compile {compute.compiled}", insist=compute.compiled == "yes")
+        self.team_model = team.wrapped(self.model)
         self.optimizer = OPTIMIZERS[training.optimizer](self.network.parameters(), training)
         loss: Loss = LOSSES[training.loss]
         self.rules = supervision.rules
@@ -202,7 +207,7 @@ class _Run:
             return supervised(loss, outputs, target, supervision, network.unsupervised_levels)
 
         self.loss = supervised_loss
-        self.workers = GPU_WORKERS if device.type == "cuda" else 0
+        self.workers = GPU_WORKERS if self.device.type == "cuda" else 0
 
         self.at = Position()
         self.best: dict[str, Tensor] = {}
@@ -306,17 +311,18 @@ class _Run:
         for image, target in self.watched(batches, waits=True):
             self.optimizer.zero_grad(set_to_none=True)
             with self.precision():
-                outputs = self.model(image)
+                outputs = self.team_model(image)
             loss = self.loss(outputs, target)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
+            self.optimizer.step()
+            # asked for last, because a GPU has finished the step by then; weights of a loss that is not finite go no further
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise CaseError(
                     f"training diverged: the loss is {value} in epoch {epoch}, step {at.step}; "
                     "check the images for NaN, or lower training.learning_rate"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
-            self.optimizer.step()
             at.loss_sum += value
             at.step += 1
             if tick is not None:
@@ -353,7 +359,7 @@ class _Run:
         with torch.no_grad(), averages_kept(self.network):
             for image, target in self.watched(batches):
                 with self.precision():
-                    outputs = self.network(image)
+                    outputs = self.model(image)
                 total += float(self.loss(outputs, target))
                 counts += count_hits(outputs if isinstance(outputs, Tensor) else outputs[0], target, self.rules)
         if not math.isfinite(total):
