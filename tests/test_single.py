@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +192,78 @@ def test_overwriting_that_ends_before_it_trains_loses_nothing(
         with pytest.raises(type(error)):
             go(replace(wanted, seed=1, overwrite=True))
     assert facts(wanted.out) == facts(done[0].out)
+    assert go(wanted).rows == done[1].rows
+
+
+KILLED_WHILE_PREPARING = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from ichbench.ablation import single
+single.STAGES["prepare"] = lambda task: os.kill(os.getpid(), signal.SIGKILL)
+cohort, out, preset = sys.argv[1:]
+wanted = single.Wanted(cohort, Path(out), preset=preset, fold="full", seed=1, overwrite=True)
+single.train_fold(single.plan_fold(wanted))
+"""
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_overwriting_that_is_killed_while_it_prepares_loses_nothing(beside: bool, done: tuple[Wanted, Fold], tmp_path: Path) -> None:
+    """kill -9: nobody could bring anything back. The next start does, whichever settings it has, also beside files of the user's."""
+    wanted = copy(done, tmp_path / "out")
+    if beside:
+        (wanted.out / "notes.txt").write_text("mine")
+    new = replace(wanted, seed=1)
+    command = [sys.executable, "-c", KILLED_WHILE_PREPARING, wanted.cohort, str(wanted.out), wanted.preset]
+
+    def killed() -> None:
+        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, check=False)
+        assert run.returncode == -signal.SIGKILL
+        assert not (wanted.out / "scores.csv").exists()
+
+    killed()
+    # twice: what lies aside is not taken for rubbish of an earlier attempt
+    killed()
+    with pytest.raises(InputError, match=r"belongs to another training; nothing was changed(.|\n)*seed was 0, is 1"):
+        go(new)
+    assert facts(wanted.out) == facts(done[0].out)
+    assert go(wanted).rows == done[1].rows
+    killed()
+    assert go(wanted).rows == done[1].rows
+    killed()
+    assert {row.seed for row in go(replace(new, overwrite=True)).rows} == {"1"}
+    assert {row.seed for row in go(new).rows} == {"1"}
+    assert not (wanted.out / ".replaced").exists()
+
+
+def test_results_aside_of_which_nothing_is_known(done: tuple[Wanted, Fold], tmp_path: Path) -> None:
+    """Nothing is removed on a guess; an empty folder, left by a death before anything moved, is no matter."""
+    wanted = copy(done, tmp_path / "out")
+    (wanted.out / ".replaced").mkdir()
+    assert go(wanted).rows == done[1].rows
+    (wanted.out / ".replaced").mkdir()
+    (wanted.out / "scores.csv").rename(wanted.out / ".replaced/scores.csv")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"holds results of an earlier training, but its replaced\.json is damaged or missing"):
+            go(replace(wanted, overwrite=overwrite))
+    assert (wanted.out / ".replaced/scores.csv").is_file()
+
+
+def test_overwriting_what_cannot_be_moved_loses_nothing(done: tuple[Wanted, Fold], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as prepared cases on a disk of their own: half of the results stood aside already."""
+    wanted, rename = copy(done, tmp_path / "out"), Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "prepared" and path.parent == wanted.out:
+            raise OSError(16, "Device or resource busy", str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="busy"):
+            go(replace(wanted, seed=1, overwrite=True))
+    assert facts(wanted.out) == facts(done[0].out)
+    assert not (wanted.out / ".replaced").exists()
     assert go(wanted).rows == done[1].rows
 
 
