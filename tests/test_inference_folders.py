@@ -15,7 +15,7 @@ from ichbench.cases.case import Grid
 from ichbench.cases.folders import read_declaration
 from ichbench.cases.images import read_labels, write_image, write_labels
 from ichbench.cli import ablation, app
-from ichbench.errors import InputError
+from ichbench.errors import CaseError, InputError
 from ichbench.inference.folders import apply_to_folder, find_in_folders, select_folders
 from ichbench.inference.model import load_model, predict_path
 from ichbench.inference.postprocess import Postprocessing
@@ -75,6 +75,30 @@ def test_an_out_that_is_named_like_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="notes is a file or named like one"):
         list(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "notes"))
     assert next(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "folder"))[0] == tmp_path / "folder/a.nii.gz"
+
+
+def test_ensembles_and_rules_leave_one_mask_of_a_case(tmp_path: Path) -> None:
+    """`a.nii.gz` and an archive of another model's in the new folder: refused, or replaced; never two masks, or a mask with its archive."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        write(folder, a="0110")
+        (folder / "a.nii.gz").rename(folder / "a.nii")
+        probabilities(folder, "a", [0, 1, 1, 0])
+    for there in ("a.nii.gz", "a.npz"):
+        out = tmp_path / f"out-{there}"
+        out.mkdir()
+        (out / there).write_bytes(b"another's")
+        with pytest.raises(InputError, match=f"{there} exists already"):
+            run("ensemble", *folders, "--out", out)
+        with pytest.raises(InputError, match=f"{there} exists already; .* nothing is overwritten"):
+            list(apply_to_folder(Postprocessing(((1,),)), folders[0], out))
+        assert [path.name for path in out.iterdir()] == [there]
+        run("ensemble", *folders, "--out", out, "--overwrite")
+        assert [path.name for path in out.iterdir()] == ["a.nii"]
+        (out / "a.nii").unlink()
+        (out / "a.nii").mkdir()
+        with pytest.raises(CaseError, match=r"case a: .*: Is a directory; see to it"):
+            run("ensemble", *folders, "--out", out, "--overwrite")
 
 
 def test_regions_and_ignore_of_a_dataset_json(tmp_path: Path) -> None:

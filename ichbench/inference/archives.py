@@ -23,10 +23,26 @@ from ichbench.cases.folders import read_declaration
 from ichbench.cases.labels import LabelRules, declared, read_rules
 from ichbench.errors import InputError
 
+MASKS = (".nii.gz", ".nii")
 #: the heads of plain labels sum to 1 within this, also in half precision
 SUM_TOLERANCE = 1e-3
 #: what reading a damaged or foreign archive may raise
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error, zipfile.BadZipFile)
+
+
+def archive_of(mask: Path) -> Path:
+    """Where the probabilities of a mask lie."""
+    return mask.with_name(f"{_stem(mask)}.npz")
+
+
+def taken_by(mask: Path) -> tuple[Path, ...]:
+    """What lies there of a mask's case already: its archive, then masks, with the other suffix too. Folders are none of it."""
+    named = (archive_of(mask), *(mask.with_name(_stem(mask) + suffix) for suffix in MASKS), mask)
+    return tuple(path for path in dict.fromkeys(named) if (path.exists() or path.is_symlink()) and not path.is_dir())
+
+
+def _stem(mask: Path) -> str:
+    return mask.name.removesuffix(next((suffix for suffix in MASKS if mask.name.endswith(suffix)), MASKS[0]))
 
 
 def write_probabilities(path: Path, table_czyx: NDArray[np.float32], grid: Grid, rules: LabelRules | None = None) -> None:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from ichbench.cases.files import read_table
 from ichbench.cases.images import read_grid, read_labels, write_labels
 from ichbench.cases.labels import LabelRules, Target, plain_rules, read_rules
-from ichbench.errors import InputError
-from ichbench.inference.archives import archived_rules, read_probabilities, same_heads
+from ichbench.errors import CaseError, InputError
+from ichbench.inference.archives import archived_rules, read_probabilities, same_heads, taken_by
 from ichbench.inference.postprocess import Labels, Postprocessing, find_postprocessing
 from ichbench.inference.select import Candidate, Selection, find_best
 from ichbench.scoring.layouts import SUFFIXES, case_id, elsewhere, files_by_case, find_pairs, references_in, rules_in
@@ -66,7 +66,7 @@ def apply_to_folder(rule: Postprocessing, predictions: Path, out: Path) -> Itera
     if not sources or not all(source.is_file() for source in sources):
         raise InputError(f"{predictions} holds no mask (.nii.gz or .nii)")
     targets = [out if single else out / source.name for source in sources]
-    there = [target for target in targets if target.exists()]
+    there = [old for target in targets for old in ((target,) if target.exists() else taken_by(target))]
     if there:
         raise InputError(f"{there[0]} exists already; give another --out, nothing is overwritten")
     for source, target in zip(sources, targets, strict=True):
@@ -142,7 +142,7 @@ def average_folders(
                 "the same cases: ichbench predict --probabilities"
             )
     targets = {case: out / masks[0][case].name for case in cases}
-    there = [target for target in targets.values() if target.exists()]
+    there = [old for target in targets.values() for old in ((target,) if target.exists() else taken_by(target))]
     # a source is never replaced, not even with `overwrite`
     if any(out.resolve() == folder.resolve() for folder in folders):
         raise InputError(f"--out {out} is one of the folders to average; give another")
@@ -161,8 +161,14 @@ def average_folders(
         check_heads(len(mean), meaning)
         labels = meaning.from_probabilities(mean)
         labels = labels if rule is None else rule.apply(labels).astype(np.int16)
-        out.mkdir(parents=True, exist_ok=True)
-        write_labels(targets[case], labels, grid)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for old in taken_by(targets[case]):
+                # an archive of another model's, or a mask with the other suffix
+                old.unlink(missing_ok=True)
+            write_labels(targets[case], labels, grid)
+        except OSError as error:
+            raise CaseError(f"case {case}: {error.filename or targets[case]}: {error.strerror or error}; see to it and run again") from None
         yield targets[case]
 
 
