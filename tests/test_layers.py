@@ -94,6 +94,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "archives",
         "folders",
         "model",
+        "choice",
         "nnunet_import",
         "nnunet_export",
     ),

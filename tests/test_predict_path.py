@@ -180,7 +180,7 @@ def test_a_mask_that_cannot_be_written_is_one_failed_case(
     with pytest.raises(CaseError, match=r"1 of 3 cases have no mask(.|\n)*case b: .*b\.nii\.gz: No space left on device"):
         list(predict_path(model, images, tmp_path / "out", probabilities=True))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "a.npz", "c.nii.gz", "c.npz"]
-    with pytest.raises(CaseError, match="case b: .*No space left"):
+    with pytest.raises(CaseError, match=r"case b: .*No space left"):
         list(predict_path(model, images / "b_0000.nii.gz", tmp_path / "alone"))
 
     def held(path: Path, missing_ok: bool = False) -> None:

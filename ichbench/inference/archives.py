@@ -47,12 +47,17 @@ def _stem(mask: Path) -> str:
 
 def write_probabilities(path: Path, table_czyx: NDArray[np.float32], grid: Grid, rules: LabelRules | None = None) -> None:
     """Write probabilities (heads, z, y, x) on `grid`, in its file's axis order, with what the heads mean."""
-    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
-    to_file = [1 + grid.file_axes.index(axis) for axis in (2, 1, 0)]
     said = {} if rules is None else {"labels": np.array(json.dumps(declared(rules)))}
     packed = io.BytesIO()
-    np.savez_compressed(packed, probabilities=np.transpose(table_czyx[(slice(None), *flips)], (0, *to_file)), **said)  # type: ignore[arg-type]
+    np.savez_compressed(packed, probabilities=in_file_order(table_czyx, grid), **said)  # type: ignore[arg-type]
     write_atomically(path, packed.getvalue())
+
+
+def in_file_order(table_czyx: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+    """Probabilities (heads, z, y, x) on `grid` as a view (heads, k, j, i), slowest axis of its file first."""
+    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
+    to_file = [1 + grid.file_axes.index(axis) for axis in (2, 1, 0)]
+    return np.transpose(table_czyx[(slice(None), *flips)], (0, *to_file))
 
 
 def archived_rules(path: Path) -> LabelRules | None:

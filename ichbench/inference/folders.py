@@ -78,7 +78,12 @@ def apply_to_folder(rule: Postprocessing, predictions: Path, out: Path) -> Itera
 
 
 def select_folders(
-    reference: Path, models: Mapping[str, Path], dataset_json: Path | None = None, pairs: bool = True, compatibility: str = "ichbench"
+    reference: Path,
+    models: Mapping[str, Path],
+    dataset_json: Path | None = None,
+    pairs: bool = True,
+    compatibility: str = "ichbench",
+    postprocess: bool = False,
 ) -> Selection:
     """The best of several models by their folders of cross-validated masks; for pairs also `<case>.npz` with `probabilities`.
 
@@ -112,7 +117,7 @@ def select_folders(
     def truth(case: str) -> Labels:
         return _reference(references[case], label_map, {*rules.labels, *(() if rules.ignore is None else (rules.ignore,))})
 
-    return find_best(candidates, list(references), truth, rules, pairs, compatibility)
+    return find_best(candidates, list(references), truth, rules, pairs, compatibility, postprocess)
 
 
 def average_folders(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ichbench.cases.case import Case
+from ichbench.cases.case import Case, Grid
 from ichbench.cases.images import read_image, reorient, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import CaseError, InputError
@@ -176,7 +176,17 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
     case that fails. In a folder a case that fails does not stop the others: CaseError names all that failed at the end.
     """
     check_precision(model.tools.inference, model.tools.device)
-    cases = find_images(image, model.channel_names)
+
+    def one(case_id: str, files: Sequence[Path], target: Path) -> Predicted:
+        return _predict_files(model, case_id, files, target, probabilities)
+
+    yield from predict_each(find_images(image, model.channel_names), image, out, one, overwrite)
+
+
+def predict_each(
+    cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, one: Callable[[str, Sequence[Path], Path], Predicted], overwrite: bool
+) -> Iterator[Predicted]:
+    """`one(case, files, target)` for every case, with all that `predict_path` says of files that exist and cases that fail."""
     targets = _targets(cases, image, out, overwrite)
     sources = {source.resolve() for files in cases.values() for source in files}
     failed: dict[str, Exception] = {}
@@ -186,7 +196,7 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
                 for old in taken_by(targets[case_id]):
                     if old.resolve() not in sources:
                         old.unlink(missing_ok=True)
-                done = _predict_files(model, case_id, files, targets[case_id], probabilities)
+                done = one(case_id, files, targets[case_id])
             except OSError as error:
                 said = f"{error.filename or targets[case_id]}: {error.strerror or error}"
                 raise CaseError(f"case {case_id}: {said}; see to it and give the same command again, with --overwrite") from None
@@ -320,14 +330,17 @@ def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Pa
     else:
         prediction = predict_unet(case, model.tools)
     labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
+    return write_mask(target, labels, case.grid, notes + prediction.notes)
+
+
+def write_mask(target: Path, labels_zyx: NDArray[np.int16], grid: Grid, notes: tuple[str, ...]) -> Predicted:
+    """Write a case's mask, after its archive if it has one: that is only ever there beside its mask."""
     try:
-        write_labels(target, labels, case.grid)
+        write_labels(target, labels_zyx, grid)
     except BaseException:
-        if probabilities:
-            # an archive is only ever there beside its mask
-            archive_of(target).unlink(missing_ok=True)
+        archive_of(target).unlink(missing_ok=True)
         raise
-    return Predicted(target, float(np.count_nonzero(labels)) * case.grid.voxel_ml, notes + prediction.notes)
+    return Predicted(target, float(np.count_nonzero(labels_zyx)) * grid.voxel_ml, notes)
 
 
 def _channels(channel_names: Sequence[str]) -> str:
