@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ichbench.errors import InputError
-from ichbench.scoring.layouts import case_id, check_labels, files_by_case, find_pairs, references_in, with_images
+from ichbench.scoring.layouts import case_id, check_labels, files_by_case, find_pairs, references_in, rules_in, with_images
 from ichbench.scoring.score import regions_of
 
 
@@ -161,13 +161,33 @@ def test_what_cannot_be_paired(tmp_path: Path) -> None:
         find_pairs(empty, other)
 
 
+@pytest.mark.parametrize("ending", [".mha", ".nrrd", 5])
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_ending_is_said_where_nothing_can_be_read(tmp_path: Path, ending: object, inside: bool) -> None:
+    """What a data set calls its files is of no interest while masks that can be read are there, in it or given alone."""
+    declared = declare(tmp_path / "set", CLOT, file_ending=ending, label_map={"5": 1})
+    masks = touch(tmp_path / "set/labelsTr", "1.nii.gz")
+    other = touch(tmp_path / "p", "1.nii.gz")
+    reference = masks if inside else tmp_path / "set"
+    for given in (None, declared):
+        found = find_pairs(reference, other, given)
+        assert [pair.reference for pair in found.pairs] == [masks / "1.nii.gz"]
+        assert (found.labels, found.label_map) == ({"background": 0, "clot": 1}, {5: 1})
+    assert rules_in(reference) is not None
+    (masks / "1.nii.gz").rename(masks / "1.mha")
+    said = rf'holds no reference: .*"file_ending" is {ending!r}; only \.nii\.gz or \.nii can be scored: convert the masks'
+    with pytest.raises(InputError, match=said):
+        find_pairs(reference, other)
+    with pytest.raises(InputError, match="convert the masks"):
+        references_in(reference)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("{", "cannot be read as JSON"),
         ("[]", "must hold a JSON object"),
         ("{}", 'declares no "labels"'),
-        ('{"labels": {"background": 0, "a": 1}, "file_ending": ".nrrd"}', "'.nrrd'; only .nii.gz or .nii"),
         ('{"labels": []}', "labels are"),
         ('{"labels": {"background": 0}}', "at least one besides background"),
         ('{"labels": {"background": 0, "a": 1.5}}', "label 'a' is 1.5"),

@@ -126,7 +126,10 @@ def references_in(folder: Path, dataset_json: Path | None = None) -> tuple[dict[
             found = files_by_case(folder / name) if (folder / name).is_dir() else {}
             if found:
                 return found, declared
-        raise InputError(f"{folder} holds no reference: it has a dataset.json, but no mask in labelsTs or labelsTr ending in {_or()}")
+        raise InputError(
+            f"{folder} holds no reference: it has a dataset.json, but no mask in labelsTs or labelsTr ending in {_or()}"
+            + _other_ending(folder)
+        )
     if (folder / "cohort.csv").is_file():
         cohort = describe(folder)
         labelled = {record.id: (record.split, record.label) for record in cohort.records if record.label is not None}
@@ -143,7 +146,7 @@ def references_in(folder: Path, dataset_json: Path | None = None) -> tuple[dict[
             return found, given or _said_by(_declaration_of(folder))
     raise InputError(
         f"{folder} holds no reference: no file ends in {_or()}, and it is neither an nnU-Net data set (dataset.json with labelsTs or "
-        "labelsTr) nor an INSTANCE folder (label/)"
+        "labelsTr) nor an INSTANCE folder (label/)" + _other_ending(folder)
     )
 
 
@@ -234,9 +237,6 @@ def _declared(path: Path) -> tuple[Labels, Mapping[int, int] | None]:
     content = read_table(path, "give nnU-Net's dataset.json")
     if "labels" not in content:
         raise InputError(f'{path} declares no "labels"; give nnU-Net\'s dataset.json')
-    ending = content.get("file_ending", SUFFIXES[0])
-    if ending not in SUFFIXES:
-        raise InputError(f'{path}: "file_ending" is {ending!r}; only {_or()} can be scored: convert the masks to NIfTI')
     mapping = content.get("label_map")
     if mapping is None:
         return check_labels(content["labels"], str(path)), None
@@ -252,6 +252,14 @@ def elsewhere(reference: Path, used: Path, predictions: Mapping[str, Path]) -> s
         return ""
     n = len(files_by_case(other).keys() & predictions.keys())
     return f". {n} match {other}: give that folder, with --dataset-json {reference / 'dataset.json'}" if n else ""
+
+
+def _other_ending(folder: Path) -> str:
+    """A word on a data set whose `dataset.json` says that its files are of a kind that is not read."""
+    above = folder.resolve().parent if folder.resolve().name in ("labelsTs", "labelsTr") else folder
+    path = above / "dataset.json"
+    ending = read_table(path, "correct it").get("file_ending", SUFFIXES[0]) if path.is_file() else SUFFIXES[0]
+    return "" if ending in SUFFIXES else f'. {path}: "file_ending" is {ending!r}; only {_or()} can be scored: convert the masks to NIfTI'
 
 
 def _or() -> str:
