@@ -21,7 +21,7 @@ from ichbench.board.render import Board, build_board, write_board
 from ichbench.board.report import Report, write_report
 from ichbench.board.runs import clusters_from, read_run, report_of_run
 from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
-from ichbench.cases.files import read_table, write_atomically
+from ichbench.cases.files import check_writable, read_table, write_atomically
 from ichbench.cases.splits import write_splits
 from ichbench.errors import InputError
 from ichbench.recipe import check_loss, check_precision
@@ -153,6 +153,7 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
 def check_out(settings: Settings, study: Study) -> None:
     """Refuse an output folder that holds something other than this study, before anything is written to it."""
     out = settings.out
+    check_writable(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):

@@ -31,7 +31,7 @@ from ichbench.ablation.stages import STAGES, Task, train_stage
 from ichbench.ablation.study import RunDefaults, Study
 from ichbench.arms import Arm, load_arm
 from ichbench.cases.cohort import Cohort
-from ichbench.cases.files import seal, unseal, write_atomically
+from ichbench.cases.files import check_writable, seal, unseal, write_atomically
 from ichbench.compute import ONE_CORE, Compute
 from ichbench.errors import InputError
 from ichbench.overlays import flat
@@ -240,6 +240,7 @@ def _held(out: Path) -> Iterator[None]:
 
 
 def _check_folder(out: Path) -> None:
+    check_writable(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     foreign = sorted(path.name for path in out.iterdir() if path.name not in OWN and path.name[0] != ".") if out.is_dir() else []

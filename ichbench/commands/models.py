@@ -55,9 +55,11 @@ def find(
     compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows stops the union, as in nnU-Net")] = "ichbench",
 ) -> None:
     """Find out where keeping only the largest component raises the Dice."""
+    from ichbench.cases.files import check_writable
     from ichbench.inference.folders import find_in_folders
 
     _check_compatibility(compatibility)
+    check_writable(rule.parent, "--rule")
     if rule.exists():
         raise InputError(f"--rule {rule} exists already; give a new file, nothing is overwritten")
     found = find_in_folders(reference, predictions, dataset_json, compatibility)
@@ -104,10 +106,13 @@ def select(
     What --out writes is applied in one command: ichbench predict CHOICE.json IMAGE --out OUT. For that it must know the model folders:
     the one that a DIR lies in (as ichbench train leaves it), or --model NAME=FOLDER; a relative one is kept relative to the file.
     """
+    from ichbench.cases.files import check_writable
     from ichbench.inference.folders import select_folders
 
     _check_compatibility(compatibility)
     folders = named_folders(models, "model")
+    if out is not None:
+        check_writable(out.parent)
     if out is not None and out.exists():
         raise InputError(f"--out {out} exists already; give a new file, nothing is overwritten")
     known = _model_folders(folders, model or [])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.cases.files import read_table
+from ichbench.cases.files import check_writable, read_table
 from ichbench.cases.images import read_grid, read_labels, write_labels
 from ichbench.cases.labels import LabelRules, Target, plain_rules, read_rules
 from ichbench.errors import CaseError, InputError
@@ -60,7 +60,9 @@ def apply_to_folder(rule: Postprocessing, predictions: Path, out: Path) -> Itera
     `out` is a folder or, for a single mask, also a file name that ends in .nii.gz or .nii.
     """
     single = predictions.is_file() and out.name.endswith(SUFFIXES) and not out.is_dir()
-    if not single:
+    if single:
+        check_writable(out.parent)
+    else:
         _check_folder(out)
     sources = list(files_by_case(predictions).values()) if predictions.is_dir() else [predictions]
     if not sources or not all(source.is_file() for source in sources):
@@ -178,6 +180,7 @@ def average_folders(
 
 
 def _check_folder(out: Path) -> None:
+    check_writable(out)
     if not out.is_dir() and (out.exists() or out.name.endswith(SUFFIXES)):
         raise InputError(f"--out {out} is a file or named like one; give a folder for the masks")
 

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ichbench.cases.case import Case, Grid
+from ichbench.cases.files import check_writable
 from ichbench.cases.images import read_image, reorient, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import CaseError, InputError
@@ -214,6 +215,8 @@ def predict_each(
 def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, overwrite: bool) -> Mapping[str, Path]:
     """Case -> its mask's file; InputError for an `--out` that fits no input, an input among the targets, or an existing file."""
     named = out.name.endswith(SUFFIXES)
+    # a mask's file may be a link to nothing: it is replaced
+    check_writable(out.parent if named and not image.is_dir() and not out.is_dir() else out)
     if not out.is_dir():
         if image.is_dir() and (named or out.exists()):
             raise InputError(f"{image} is a folder, so --out must be a folder too, but {out} is a file or named like one")
