@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from ichbench.ablation import single
 from ichbench.ablation.single import Fold, Wanted, plan_fold, train_fold
+from ichbench.cases.files import seal, unseal
 from ichbench.cli import app
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.model import load_model, predict_path
@@ -146,6 +147,23 @@ def test_another_training_is_refused_by_key(changes: dict[str, Any], said: str, 
         go(replace(wanted, **changes))
     assert said in str(error.value)
     assert facts(wanted.out) == facts(done[0].out)
+
+
+def test_a_folder_of_a_version_that_wrote_auto_down(done: tuple[Wanted, Fold], preset: Path, tmp_path: Path) -> None:
+    """What `inference.mirror = "auto"` comes to is what counts, in the folder as in the recipe that is asked for."""
+    wanted = copy(done, tmp_path / "out")
+    trained = Path(wanted.preset).read_text()
+    (tmp_path / "auto.toml").write_text(trained.replace("mirror = false", 'mirror = "auto"') + "[training.augment]\nmirror = false\n")
+    found = unseal(wanted.out / "fold.json")
+    assert found["inference.mirror"] is False
+    for older in ({"inference.mirror": "auto", "training.augment.mirror": True}, {"inference.mirror": "auto"}):
+        (wanted.out / "fold.json").write_bytes(seal(found | {"training.augment.mirror": False} | older))
+        asked = replace(wanted, preset=str(tmp_path / "auto.toml"))
+        if "training.augment.mirror" in older:
+            with pytest.raises(InputError, match=r"inference\.mirror was true, is false"):
+                plan_fold(asked)
+        else:
+            plan_fold(asked)
 
 
 def test_changed_images_are_refused(done: tuple[Wanted, Fold], small_phantom: Path, tmp_path: Path) -> None:

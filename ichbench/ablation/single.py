@@ -263,6 +263,9 @@ def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
         raise InputError(f"{out / FOLD} is damaged ({error}); nothing was changed: give a new folder, or --overwrite") from None
     if any((out / name).exists() for name in ("training.json", "final.safetensors")):
         # else an attempt ended before it trained anything, and the folder is free
+        if found.get("inference.mirror") == "auto":
+            # an older folder does not say what it came to
+            found["inference.mirror"] = found.get("training.augment.mirror")
         refuse_other(f"--out {out}", found, identity)
 
 
