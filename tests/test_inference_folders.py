@@ -134,7 +134,12 @@ def instance(folder: Path, declared: dict[str, object], **rows: str) -> Path:
 WHOLE = {"labels": {"background": 0, "whole": [1, 2]}, "regions_class_order": [1]}
 
 
-@pytest.mark.parametrize("layout", [cohort, instance, "labelsTr"])
+def masks_alone(folder: Path, declared: dict[str, object], **rows: str) -> Path:
+    """The folder of a cohort.csv's masks, given by itself."""
+    return cohort(folder, declared, **rows) / "masks"
+
+
+@pytest.mark.parametrize("layout", [cohort, instance, masks_alone, "labelsTr"])
 def test_what_a_cohort_declares_decides_the_choice(tmp_path: Path, layout: object) -> None:
     """One has the whole bleed but calls all of it core; as plain labels the other would win (Dice 1/3 against 5/6)."""
     if callable(layout):
@@ -187,10 +192,11 @@ def test_label_maps_and_the_ignore_label_of_a_cohort(tmp_path: Path, layout: obj
 
 def test_masks_that_nothing_declares_are_said_to_be_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference, one = cohort(tmp_path / "reference", WHOLE, a="0112"), write(tmp_path / "one", a="0112")
-    for place, said in ((reference, False), (reference / "masks", True)):
+    bare = write(tmp_path / "bare", a="0112")
+    for place, said in ((reference, False), (reference / "masks", False), (bare, True)):
         run("select", place, f"m={one}")
         assert ("declares labels: every value" in capsys.readouterr().err) == said
-        run("postprocess", "find", place, one, "--rule", tmp_path / f"{said}.json")
+        run("postprocess", "find", place, one, "--rule", tmp_path / f"{place.name}.json")
         assert ("declares labels: every value" in capsys.readouterr().err) == said
 
 
