@@ -157,6 +157,14 @@ def test_an_image_beside_its_mask_is_no_mask(model: Model, images: Path, tmp_pat
     assert (tmp_path / "head.nii").is_file()
 
 
+def test_a_mask_that_is_a_link_to_itself(model: Model, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").symlink_to("a.nii.gz")
+    with pytest.raises(InputError, match=r"a\.nii\.gz would be overwritten"):
+        list(predict_path(model, images / "a_0000.nii.gz", tmp_path / "a.nii.gz"))
+    list(predict_path(model, images / "a_0000.nii.gz", tmp_path / "a.nii.gz", overwrite=True))
+    assert not (tmp_path / "a.nii.gz").is_symlink()
+
+
 @pytest.mark.parametrize("there", ["b.npz", "b.nii.gz"])
 def test_a_folder_in_the_place_of_a_file(model: Model, images: Path, tmp_path: Path, there: str) -> None:
     (tmp_path / "out" / there).mkdir(parents=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def come_back(out: Path, left: tuple[str, ...]) -> None:
     Raises InputError where something lies aside of which nothing is known.
     """
     aside = out / ASIDE
+    for path in out.glob(f"{ASIDE}.*.old"):
+        shutil.rmtree(path, ignore_errors=True)
     if not aside.is_dir():
         return
     there = [name for name in left if (aside / name).exists()]
@@ -59,10 +62,14 @@ def come_back(out: Path, left: tuple[str, ...]) -> None:
         return
     # a mark that is gone was removed by hand: the trainer only ever replaces it
     begun = (out / MARK).exists() and _digest(out / MARK) != before["mark"]
+    if begun:
+        # in one step, so that nothing left of it is ever taken for what lies aside; what cannot be removed stays under that name
+        gone = aside.with_name(f"{ASIDE}.{secrets.token_hex(4)}.old")
+        aside.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        return
     for name in left:
-        if begun:
-            _remove(aside / name)
-        elif name in there:
+        if name in there:
             _remove(out / name)
             (aside / name).rename(out / name)
         elif name not in before["names"]:

@@ -36,8 +36,11 @@ def archive_of(mask: Path) -> Path:
 
 
 def taken_by(mask: Path) -> tuple[Path, ...]:
-    """What lies there of a mask's case already: its archive, then masks, with the other suffix too. Folders are none of it."""
-    named = (archive_of(mask), *(mask.with_name(_stem(mask) + suffix) for suffix in MASKS), mask)
+    """What lies there of a mask's case already: masks, with the other suffix too, then its archive. Folders are none of it.
+
+    Remove them from the end, so that no archive is ever there without its mask.
+    """
+    named = (mask, *(mask.with_name(_stem(mask) + suffix) for suffix in MASKS), archive_of(mask))
     return tuple(path for path in dict.fromkeys(named) if (path.exists() or path.is_symlink()) and not path.is_dir())
 
 

@@ -170,7 +170,7 @@ def average_folders(
         labels = labels if rule is None else rule.apply(labels).astype(np.int16)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for old in taken_by(targets[case]):
+            for old in reversed(taken_by(targets[case])):
                 # an archive of another model's, or a mask with the other suffix
                 old.unlink(missing_ok=True)
             write_labels(targets[case], labels, grid)

@@ -8,6 +8,7 @@ fold_0/final.safetensors, ...             those of several, whose logits are ave
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,13 +190,13 @@ def predict_each(
 ) -> Iterator[Predicted]:
     """`one(case, files, target)` for every case, with all that `predict_path` says of files that exist and cases that fail."""
     targets = _targets(cases, image, out, overwrite)
-    sources = {source.resolve() for files in cases.values() for source in files}
+    sources = {_real(source) for files in cases.values() for source in files}
     failed: dict[str, Exception] = {}
     for case_id, files in cases.items():
         try:
             try:
-                for old in taken_by(targets[case_id]):
-                    if old.resolve() not in sources:
+                for old in reversed(taken_by(targets[case_id])):
+                    if _real(old) not in sources:
                         old.unlink(missing_ok=True)
                 done = one(case_id, files, targets[case_id])
             except OSError as error:
@@ -226,15 +227,15 @@ def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, over
             )
     single = named and not image.is_dir() and not out.is_dir()
     targets = {case_id: out if single else out / (case_id + _suffix(files[0])) for case_id, files in cases.items()}
-    sources = {source.resolve(): source for files in cases.values() for source in files}
+    sources = {_real(source): source for files in cases.values() for source in files}
     for case_id, target in targets.items():
-        if target.resolve() in sources:
-            raise InputError(f"--out {out} would overwrite the image {sources[target.resolve()]}; give another file or folder")
+        if _real(target) in sources:
+            raise InputError(f"--out {out} would overwrite the image {sources[_real(target)]}; give another file or folder")
         for path in (target, archive_of(target)):
             if path.is_dir():
                 raise InputError(f"case {case_id}: {path} is a folder, where a file of the case belongs; move it, or give another --out")
     # an archive that is there belongs to another mask, also where none is written; an image beside its mask is none
-    there = [old for target in targets.values() for old in taken_by(target) if old.resolve() not in sources]
+    there = [old for target in targets.values() for old in taken_by(target) if _real(old) not in sources]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if there[1:] else ""
         raise InputError(f"{there[0]}{more} would be overwritten; nothing was computed: give another --out, or --overwrite")
@@ -344,6 +345,11 @@ def write_mask(target: Path, labels_zyx: NDArray[np.int16], grid: Grid, notes: t
         archive_of(target).unlink(missing_ok=True)
         raise
     return Predicted(target, float(np.count_nonzero(labels_zyx)) * grid.voxel_ml, notes)
+
+
+def _real(path: Path) -> str:
+    # `Path.resolve` does not take links that go in a circle
+    return os.path.realpath(path)
 
 
 def _channels(channel_names: Sequence[str]) -> str:
