@@ -154,6 +154,7 @@ def test_files_are_kept_and_cases_fail_as_with_one_model(choice: Path, images: P
     assert list(masks(tmp_path / "out")) == ["a.nii.gz"]
 
 
+RULE: dict[str, Any] = {"format": "ichbench postprocessing 1", "keep_largest": [], "cases": 1, "tried": []}
 DAMAGES: dict[str, tuple[Any, str]] = {
     "truncated": (lambda text: text[: len(text) // 2], "cannot be read as JSON"),
     "nothing": (lambda text: "", "cannot be read as JSON"),
@@ -175,6 +176,14 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     ),
     "gone": (lambda text: edited(text, models={"m1": "gone"}), r"the model 'm1' should be in .*gone, but there is no such folder"),
     "no model": (lambda text: edited(text, models={"m1": ".."}), "is not a model folder"),
+    "a number without end": (lambda text: text.replace('"dice": 1.0', f'"dice": {10**400}'), "is not a selection"),
+    "a half label": (lambda text: edited(text, postprocessing=RULE | {"keep_largest": [[1.5]]}), "must list labels from 1 to 65535"),
+    "words": (lambda text: edited(text, postprocessing=RULE | {"keep_largest": ["12"]}), "must list labels from 1 to 65535"),
+    "a label that no file holds": (
+        lambda text: edited(text, postprocessing=RULE | {"keep_largest": [[10**30]]}),
+        "must list labels from 1",
+    ),
+    "endless": (lambda text: edited(text, postprocessing=RULE | {"cases": float("inf")}), "is not a rule of"),
     "a bad rule": (lambda text: edited(text, postprocessing={"format": "x"}), "is not a rule of"),
     "a rule that is none": (lambda text: edited(text, postprocessing=[1]), "is not a rule of"),
 }

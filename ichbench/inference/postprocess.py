@@ -26,6 +26,8 @@ Labels = NDArray[np.integer]
 Load = Callable[[str], tuple[Labels, Labels]]
 
 FORMAT = "ichbench postprocessing 1"
+#: that a mask file holds
+HIGHEST = 65535
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,15 @@ def parse_postprocessing(table: Any, path: Path) -> Postprocessing:
     try:
         if table["format"] != FORMAT:
             raise ValueError(f"format {table['format']!r}")
-        steps = tuple(tuple(int(label) for label in step) for step in table["keep_largest"])
-        if any(not step or min(step) < 1 for step in steps):
-            raise ValueError("keep_largest must list labels above 0")
+        steps = tuple(tuple(step) for step in table["keep_largest"])
+        if any(not step or not all(type(label) is int and 0 < label <= HIGHEST for label in step) for step in steps):
+            raise ValueError(f"keep_largest must list labels from 1 to {HIGHEST}")
         trials = tuple(
             Trial(tuple(item["keep_largest"]), _number(item["before"]), _number(item["after"]), bool(item["accepted"]))
             for item in table["tried"]
         )
         return Postprocessing(steps, trials, int(table["cases"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is not a rule of `ichbench postprocess find` ({error}); nnU-Net's .pkl files are not read") from None
 
 
