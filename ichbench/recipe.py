@@ -120,6 +120,11 @@ class NetworkRecipe(Strict):
     unsupervised_levels: Annotated[int, Field(ge=0)] = 1
 
 
+def _each_once(mirror: str | bool | tuple[int, ...]) -> None:
+    if not isinstance(mirror, str | bool) and len(set(mirror)) < len(mirror):
+        raise ValueError(f"mirror names an axis twice: {list(mirror)}; name each once")
+
+
 class AugmentRecipe(Strict):
     """Probabilities and ranges of the training transforms; the defaults are nnU-Net's. Probability 0 switches one off.
 
@@ -169,8 +174,7 @@ class AugmentRecipe(Strict):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} runs from {low} to {high}; write the smaller number first")
-        if not isinstance(self.mirror, bool) and len(set(self.mirror)) < len(self.mirror):
-            raise ValueError(f"mirror names an axis twice: {list(self.mirror)}")
+        _each_once(self.mirror)
         return self
 
 
@@ -253,6 +257,11 @@ class InferenceRecipe(Strict):
     #: cross-validate: keep only largest components where that raised the Dice of the five folds (nnU-Net's rule)
     postprocess: Literal["off", "cross-validate"] = "off"
     threshold: ThresholdRecipe = ThresholdRecipe()
+
+    @model_validator(mode="after")
+    def _axes(self) -> InferenceRecipe:
+        _each_once(self.mirror)
+        return self
 
 
 class Recipe(Strict):

@@ -42,6 +42,15 @@ def test_killed_at_every_nth_file_operation() -> None:
     assert "every outcome is that of the unbroken run" in done.stdout
 
 
+@pytest.mark.parametrize("what", [pytest.param(("--overwrite", 9), id="training"), pytest.param(("--aside", 5), id="results")])
+def test_overwriting_killed_at_every_nth_file_operation(what: tuple[str, int]) -> None:
+    """Either the old training is whole again, or the new one goes on. ICHBENCH_CRASH_ROUNDS=45 kills at every operation."""
+    command = [sys.executable, str(TESTS / "crash_harness.py"), what[0], str(max(1, what[1] * 5 // ROUNDS))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert " kills: " in done.stdout
+
+
 def facts(out: Path) -> dict[str, bytes]:
     """Everything that a time or a date cannot change."""
     found = {}

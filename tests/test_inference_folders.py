@@ -15,7 +15,7 @@ from ichbench.cases.case import Grid
 from ichbench.cases.folders import read_declaration
 from ichbench.cases.images import read_labels, write_image, write_labels
 from ichbench.cli import ablation, app
-from ichbench.errors import InputError
+from ichbench.errors import CaseError, InputError
 from ichbench.inference.folders import apply_to_folder, find_in_folders, select_folders
 from ichbench.inference.model import load_model, predict_path
 from ichbench.inference.postprocess import Postprocessing
@@ -77,6 +77,30 @@ def test_an_out_that_is_named_like_a_file(tmp_path: Path) -> None:
     assert next(apply_to_folder(rule, masks / "a.nii.gz", tmp_path / "folder"))[0] == tmp_path / "folder/a.nii.gz"
 
 
+def test_ensembles_and_rules_leave_one_mask_of_a_case(tmp_path: Path) -> None:
+    """`a.nii.gz` and an archive of another model's in the new folder: refused, or replaced; never two masks, or a mask with its archive."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        write(folder, a="0110")
+        (folder / "a.nii.gz").rename(folder / "a.nii")
+        probabilities(folder, "a", [0, 1, 1, 0])
+    for there in ("a.nii.gz", "a.npz"):
+        out = tmp_path / f"out-{there}"
+        out.mkdir()
+        (out / there).write_bytes(b"another's")
+        with pytest.raises(InputError, match=f"{there} exists already"):
+            run("ensemble", *folders, "--out", out)
+        with pytest.raises(InputError, match=f"{there} exists already; .* nothing is overwritten"):
+            list(apply_to_folder(Postprocessing(((1,),)), folders[0], out))
+        assert [path.name for path in out.iterdir()] == [there]
+        run("ensemble", *folders, "--out", out, "--overwrite")
+        assert [path.name for path in out.iterdir()] == ["a.nii"]
+        (out / "a.nii").unlink()
+        (out / "a.nii").mkdir()
+        with pytest.raises(CaseError, match=r"case a: .*: Is a directory; see to it"):
+            run("ensemble", *folders, "--out", out, "--overwrite")
+
+
 def test_regions_and_ignore_of_a_dataset_json(tmp_path: Path) -> None:
     declared = {"labels": {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, "regions_class_order": [1, 2]}
     (tmp_path / "dataset.json").write_text(json.dumps(declared))
@@ -110,7 +134,12 @@ def instance(folder: Path, declared: dict[str, object], **rows: str) -> Path:
 WHOLE = {"labels": {"background": 0, "whole": [1, 2]}, "regions_class_order": [1]}
 
 
-@pytest.mark.parametrize("layout", [cohort, instance, "labelsTr"])
+def masks_alone(folder: Path, declared: dict[str, object], **rows: str) -> Path:
+    """The folder of a cohort.csv's masks, given by itself."""
+    return cohort(folder, declared, **rows) / "masks"
+
+
+@pytest.mark.parametrize("layout", [cohort, instance, masks_alone, "labelsTr"])
 def test_what_a_cohort_declares_decides_the_choice(tmp_path: Path, layout: object) -> None:
     """One has the whole bleed but calls all of it core; as plain labels the other would win (Dice 1/3 against 5/6)."""
     if callable(layout):
@@ -163,10 +192,11 @@ def test_label_maps_and_the_ignore_label_of_a_cohort(tmp_path: Path, layout: obj
 
 def test_masks_that_nothing_declares_are_said_to_be_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference, one = cohort(tmp_path / "reference", WHOLE, a="0112"), write(tmp_path / "one", a="0112")
-    for place, said in ((reference, False), (reference / "masks", True)):
+    bare = write(tmp_path / "bare", a="0112")
+    for place, said in ((reference, False), (reference / "masks", False), (bare, True)):
         run("select", place, f"m={one}")
         assert ("declares labels: every value" in capsys.readouterr().err) == said
-        run("postprocess", "find", place, one, "--rule", tmp_path / f"{said}.json")
+        run("postprocess", "find", place, one, "--rule", tmp_path / f"{place.name}.json")
         assert ("declares labels: every value" in capsys.readouterr().err) == said
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ichbench.errors import InputError
-from ichbench.scoring.layouts import case_id, check_labels, files_by_case, find_pairs, references_in, with_images
+from ichbench.scoring.layouts import case_id, check_labels, declares_labels, files_by_case, find_pairs, references_in, rules_in, with_images
 from ichbench.scoring.score import regions_of
 
 
@@ -161,13 +161,56 @@ def test_what_cannot_be_paired(tmp_path: Path) -> None:
         find_pairs(empty, other)
 
 
+def test_masks_of_a_cohort_csv_given_alone(tmp_path: Path) -> None:
+    """Its cohort.json holds for the folders that the table names, one or two levels below it, and for no other."""
+    other = touch(tmp_path / "p", "1.nii.gz")
+    near, far, stray = (touch(tmp_path / "set" / name, "1.nii.gz") for name in ("masks", "site/masks", "drafts"))
+    table, declared = tmp_path / "set/cohort.csv", tmp_path / "set/cohort.json"
+    # images need not be there to score masks
+    table.write_text("id,image,mask\n1,gone.nii.gz,masks/1.nii.gz\n2,gone.nii.gz,site/masks/1.nii.gz\n3,gone.nii.gz,\n")
+    assert find_pairs(near, other).labels is None
+    declared.write_text('{"labels": {"background": 0, "whole": [1, 2], "ignore": 3}, "regions_class_order": [1], "label_map": {"5": 2}}')
+    for folder in (near, far):
+        found = find_pairs(folder, other)
+        assert (found.labels, found.label_map) == ({"background": 0, "whole": (1, 2), "ignore": 3}, {5: 2})
+        assert declares_labels(folder)
+        assert (rules_in(folder) or pytest.fail("no rules")).regions_class_order == (1,)
+    assert find_pairs(stray, other).labels is None
+    assert not declares_labels(stray)
+    # what is given goes first, also past a table that cannot be read
+    table.write_text('id,mask\n1,"masks')
+    with pytest.raises(InputError, match=r"cohort\.csv: cannot be read"):
+        find_pairs(near, other)
+    assert find_pairs(near, other, declare(tmp_path / "own", CLOT)).labels == {"background": 0, "clot": 1}
+
+
+@pytest.mark.parametrize("ending", [".mha", ".nrrd", 5])
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_ending_is_said_where_nothing_can_be_read(tmp_path: Path, ending: object, inside: bool) -> None:
+    """What a data set calls its files is of no interest while masks that can be read are there, in it or given alone."""
+    declared = declare(tmp_path / "set", CLOT, file_ending=ending, label_map={"5": 1})
+    masks = touch(tmp_path / "set/labelsTr", "1.nii.gz")
+    other = touch(tmp_path / "p", "1.nii.gz")
+    reference = masks if inside else tmp_path / "set"
+    for given in (None, declared):
+        found = find_pairs(reference, other, given)
+        assert [pair.reference for pair in found.pairs] == [masks / "1.nii.gz"]
+        assert (found.labels, found.label_map) == ({"background": 0, "clot": 1}, {5: 1})
+    assert rules_in(reference) is not None
+    (masks / "1.nii.gz").rename(masks / "1.mha")
+    said = rf'holds no reference: .*"file_ending" is {ending!r}; only \.nii\.gz or \.nii can be scored: convert the masks'
+    with pytest.raises(InputError, match=said):
+        find_pairs(reference, other)
+    with pytest.raises(InputError, match="convert the masks"):
+        references_in(reference)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("{", "cannot be read as JSON"),
         ("[]", "must hold a JSON object"),
         ("{}", 'declares no "labels"'),
-        ('{"labels": {"background": 0, "a": 1}, "file_ending": ".nrrd"}', "'.nrrd'; only .nii.gz or .nii"),
         ('{"labels": []}', "labels are"),
         ('{"labels": {"background": 0}}', "at least one besides background"),
         ('{"labels": {"background": 0, "a": 1.5}}', "label 'a' is 1.5"),

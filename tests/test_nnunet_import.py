@@ -286,6 +286,37 @@ def test_an_existing_model_is_never_overwritten(results: Path, tmp_path: Path) -
     assert (tmp_path / "model/model.json").read_bytes() == before
 
 
+def test_an_empty_folder_is_filled_and_not_replaced(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a mounted disk, the current folder, or a link to either; after a failure it is as empty as before."""
+    disk = tmp_path / "disk"
+    for name in ("lost+found", ".import-killed"):
+        (disk / name).mkdir(parents=True)
+    before, rename = disk.stat().st_ino, Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "plan.json":
+            raise OSError(28, "No space left on device", str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="No space left"):
+            import_nnunet(results, disk)
+    assert sorted(path.name for path in disk.iterdir()) == [".import-killed", "lost+found"]
+    import_nnunet(results, disk)
+    assert disk.stat().st_ino == before
+    (tmp_path / "here").mkdir()
+    (tmp_path / "aim").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "aim")
+    monkeypatch.chdir(tmp_path / "here")
+    import_nnunet(results, Path())
+    import_nnunet(results, tmp_path / "link")
+    for place in (disk, tmp_path / "here", tmp_path / "aim"):
+        assert load_model(place).channel_names == read_model(place).channel_names
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == sorted(path.name for path in (tmp_path / "aim").iterdir())
+
+
 def test_readers_and_trainers_that_matter_are_named(copy: Path, tmp_path: Path) -> None:
     edit(copy / "plans.json", lambda t: t.update(image_reader_writer="NaturalImage2DIO"))
     change(copy, lambda content: content.update(trainer_name="MyTrainer"))

@@ -134,7 +134,7 @@ def test_the_file_is_json_and_comes_back(tmp_path: Path) -> None:
     assert table["keep_largest"] == [list(step) for step in rule.steps]
     assert table["cases"] == 2
     (tmp_path / "rule.json").write_text(json.dumps(table | {"keep_largest": [[0]]}))
-    with pytest.raises(InputError, match="labels above 0"):
+    with pytest.raises(InputError, match="labels from 1 to 65535"):
         read_postprocessing(tmp_path / "rule.json")
     (tmp_path / "postprocessing.pkl").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match=r"\.pkl files are not read"):

@@ -127,6 +127,78 @@ def test_an_archive_without_its_mask_is_refused_too(model: Model, images: Path, 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.npz"]
 
 
+@pytest.mark.parametrize("single", [True, False])
+def test_a_case_has_one_mask_whatever_its_suffix(model: Model, images: Path, tmp_path: Path, single: bool) -> None:
+    """`a.nii.gz` of another model is the case's mask, too: refused, or replaced with its archive, never left beside `a.nii`."""
+    out = tmp_path / "out"
+    list(predict_path(model, images / "a_0000.nii.gz", out / "a.nii.gz" if single else out, probabilities=True))
+    image = tmp_path / "plain/a_0000.nii"
+    image.parent.mkdir()
+    nibabel.save(nibabel.load(images / "a_0000.nii.gz"), image)
+    target = out / "a.nii" if single else out
+    (out / "a.npz").rename(out / "kept")
+    with pytest.raises(InputError, match=r"a\.nii\.gz would be overwritten; nothing was computed"):
+        list(predict_path(model, image, target))
+    (out / "kept").rename(out / "a.npz")
+    old = (out / "a.npz").read_bytes()
+    other = load_model(write_model(tmp_path / "other", small_plan(), overlay={"inference": {"mirror": False}}, seed=1))
+    for probabilities in (True, False):
+        list(predict_path(other, image, target, probabilities, overwrite=True))
+        assert sorted(path.name for path in out.iterdir()) == (["a.nii", "a.npz"] if probabilities else ["a.nii"])
+        assert not probabilities or (out / "a.npz").read_bytes() != old
+
+
+def test_an_image_beside_its_mask_is_no_mask(model: Model, images: Path, tmp_path: Path) -> None:
+    image = (images / "a_0000.nii.gz").rename(tmp_path / "head.nii.gz")
+    before = image.read_bytes()
+    list(predict_path(model, image, tmp_path / "head.nii"))
+    list(predict_path(model, image, tmp_path / "head.nii", overwrite=True))
+    assert image.read_bytes() == before
+    assert (tmp_path / "head.nii").is_file()
+
+
+def test_a_mask_that_is_a_link_to_itself(model: Model, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").symlink_to("a.nii.gz")
+    with pytest.raises(InputError, match=r"a\.nii\.gz would be overwritten"):
+        list(predict_path(model, images / "a_0000.nii.gz", tmp_path / "a.nii.gz"))
+    list(predict_path(model, images / "a_0000.nii.gz", tmp_path / "a.nii.gz", overwrite=True))
+    assert not (tmp_path / "a.nii.gz").is_symlink()
+
+
+@pytest.mark.parametrize("there", ["b.npz", "b.nii.gz"])
+def test_a_folder_in_the_place_of_a_file(model: Model, images: Path, tmp_path: Path, there: str) -> None:
+    (tmp_path / "out" / there).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"case b: .*{there} is a folder"):
+        list(predict_path(model, images, tmp_path / "out", overwrite=True))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [there]
+
+
+def test_a_mask_that_cannot_be_written_is_one_failed_case(
+    model: Model, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is no traceback: the case is named, the others are written, and no archive is left without its mask."""
+    write = module.write_labels
+
+    def fails(path: Path, *rest: object) -> None:
+        if path.name == "b.nii.gz":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "write_labels", fails)
+    with pytest.raises(CaseError, match=r"1 of 3 cases have no mask(.|\n)*case b: .*b\.nii\.gz: No space left on device"):
+        list(predict_path(model, images, tmp_path / "out", probabilities=True))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.nii.gz", "a.npz", "c.nii.gz", "c.npz"]
+    with pytest.raises(CaseError, match=r"case b: .*No space left"):
+        list(predict_path(model, images / "b_0000.nii.gz", tmp_path / "alone"))
+
+    def held(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", held)
+    with pytest.raises(CaseError, match=r"case a: .*a\.npz: Permission denied"):
+        list(predict_path(model, images / "a_0000.nii.gz", tmp_path / "out", overwrite=True))
+
+
 def test_an_image_with_one_value_is_said_to_be_none(model: Model, images: Path, tmp_path: Path) -> None:
     write_image(images / "b_0000.nii.gz", np.zeros(GRID.shape_zyx, np.float32), GRID)
     with pytest.warns(ConstantImageWarning, match="every voxel of channel 0 is 0"):

@@ -203,6 +203,15 @@ def test_mirroring_is_a_switch_or_axes() -> None:
             make_recipe({"inference": {"mirror": wrong}})
 
 
+@pytest.mark.parametrize("stage", ["inference", "augment"])
+def test_an_axis_is_named_once(stage: str) -> None:
+    for axes in ([0, 0], [1, 0, 1], [2, 2, 2]):
+        table = {"mirror": axes}
+        with pytest.raises(InputError, match=rf"mirror names an axis twice: \[{axes[0]}, .*\]; name each once") as error:
+            make_recipe({"inference": table} if stage == "inference" else {"training": {"augment": table}}, source="mine.toml")
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("trained", "asked", "used"),
     [(True, "auto", True), (False, "auto", False), ((0, 2), "auto", (0, 2)), (False, True, True), (True, (1,), (1,)), (True, False, False)],

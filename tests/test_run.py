@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ichbench.ablation.engine import Event
-from ichbench.ablation.run import Finished, phantom_cohort, plan_run, run_study
+from ichbench.ablation.run import Finished, Planned, claim, phantom_cohort, plan_run, run_study
 from ichbench.ablation.settings import settle
 from ichbench.ablation.study import RunDefaults
 from ichbench.cases.cohort import read_cohort
@@ -140,6 +140,43 @@ def test_another_studys_folder_is_refused_and_left_alone(
     with pytest.raises(InputError, match="is not a study's folder"):
         run(small_phantom, preset, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_auto_and_what_it_comes_to_are_one_study(small_phantom: Path, tmp_path: Path) -> None:
+    """`inference.mirror = "auto"` and the axes of the training; also in the folder of a version that wrote "auto" down."""
+    from conftest import TINY
+
+    def planned(mirror: str) -> Planned:
+        (tmp_path / "preset.toml").write_text(
+            TINY.replace("mirror = false", f"mirror = {mirror}") + "[training.augment]\nmirror = [0, 1]\n"
+        )
+        (tmp_path / "study.toml").write_text(STUDY)
+        given = {"study": "study.toml", "cohort": str(small_phantom), "out": "out", "preset": "preset.toml", "device": "cpu"}
+        paths = {name: str(tmp_path / given[name]) for name in ("study", "out", "preset")}
+        return plan_run(settle(given | paths, RunDefaults(), {}), {})
+
+    first = planned('"auto"')
+    claim(first)
+    path = tmp_path / "out/study.json"
+    written = path.read_text()
+    assert planned("[0, 1]").dag.steps.keys() == first.dag.steps.keys()
+    claim(planned("[0, 1]"))
+    assert path.read_text() == written
+    table = json.loads(written)
+    for recipe in table["arms"].values():
+        recipe["inference"]["mirror"] = "auto"
+    for older in (table, table | {"arms": table["arms"] | {"base": None}}):
+        path.write_text(json.dumps(older))
+        if older["arms"]["base"] is None:
+            with pytest.raises(InputError, match="arms that differ: base"):
+                planned('"auto"')
+            continue
+        for same in ("[0, 1]", '"auto"'):
+            claim(planned(same))
+            path.write_text(json.dumps(older))
+        for other in ("true", "false", "[0]"):
+            with pytest.raises(InputError, match="belongs to another study: arms that differ: base"):
+                planned(other)
 
 
 def test_a_precision_for_gpus_is_refused_before_training(small_phantom: Path, tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from typer.testing import CliRunner
 
 from ichbench.ablation import single
 from ichbench.ablation.single import Fold, Wanted, plan_fold, train_fold
+from ichbench.cases.files import seal, unseal
 from ichbench.cli import app
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.model import load_model, predict_path
@@ -144,6 +149,23 @@ def test_another_training_is_refused_by_key(changes: dict[str, Any], said: str, 
     assert facts(wanted.out) == facts(done[0].out)
 
 
+def test_a_folder_of_a_version_that_wrote_auto_down(done: tuple[Wanted, Fold], preset: Path, tmp_path: Path) -> None:
+    """What `inference.mirror = "auto"` comes to is what counts, in the folder as in the recipe that is asked for."""
+    wanted = copy(done, tmp_path / "out")
+    trained = Path(wanted.preset).read_text()
+    (tmp_path / "auto.toml").write_text(trained.replace("mirror = false", 'mirror = "auto"') + "[training.augment]\nmirror = false\n")
+    found = unseal(wanted.out / "fold.json")
+    assert found["inference.mirror"] is False
+    for older in ({"inference.mirror": "auto", "training.augment.mirror": True}, {"inference.mirror": "auto"}):
+        (wanted.out / "fold.json").write_bytes(seal(found | {"training.augment.mirror": False} | older))
+        asked = replace(wanted, preset=str(tmp_path / "auto.toml"))
+        if "training.augment.mirror" in older:
+            with pytest.raises(InputError, match=r"inference\.mirror was true, is false"):
+                plan_fold(asked)
+        else:
+            plan_fold(asked)
+
+
 def test_changed_images_are_refused(done: tuple[Wanted, Fold], small_phantom: Path, tmp_path: Path) -> None:
     wanted = copy(done, tmp_path / "out")
     shutil.copytree(small_phantom, tmp_path / "cohort")
@@ -188,6 +210,78 @@ def test_overwriting_that_ends_before_it_trains_loses_nothing(
         with pytest.raises(type(error)):
             go(replace(wanted, seed=1, overwrite=True))
     assert facts(wanted.out) == facts(done[0].out)
+    assert go(wanted).rows == done[1].rows
+
+
+KILLED_WHILE_PREPARING = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from ichbench.ablation import single
+single.STAGES["prepare"] = lambda task: os.kill(os.getpid(), signal.SIGKILL)
+cohort, out, preset = sys.argv[1:]
+wanted = single.Wanted(cohort, Path(out), preset=preset, fold="full", seed=1, overwrite=True)
+single.train_fold(single.plan_fold(wanted))
+"""
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_overwriting_that_is_killed_while_it_prepares_loses_nothing(beside: bool, done: tuple[Wanted, Fold], tmp_path: Path) -> None:
+    """kill -9: nobody could bring anything back. The next start does, whichever settings it has, also beside files of the user's."""
+    wanted = copy(done, tmp_path / "out")
+    if beside:
+        (wanted.out / "notes.txt").write_text("mine")
+    new = replace(wanted, seed=1)
+    command = [sys.executable, "-c", KILLED_WHILE_PREPARING, wanted.cohort, str(wanted.out), wanted.preset]
+
+    def killed() -> None:
+        run = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, check=False)
+        assert run.returncode == -signal.SIGKILL
+        assert not (wanted.out / "scores.csv").exists()
+
+    killed()
+    # twice: what lies aside is not taken for rubbish of an earlier attempt
+    killed()
+    with pytest.raises(InputError, match=r"belongs to another training; nothing was changed(.|\n)*seed was 0, is 1"):
+        go(new)
+    assert facts(wanted.out) == facts(done[0].out)
+    assert go(wanted).rows == done[1].rows
+    killed()
+    assert go(wanted).rows == done[1].rows
+    killed()
+    assert {row.seed for row in go(replace(new, overwrite=True)).rows} == {"1"}
+    assert {row.seed for row in go(new).rows} == {"1"}
+    assert not (wanted.out / ".replaced").exists()
+
+
+def test_results_aside_of_which_nothing_is_known(done: tuple[Wanted, Fold], tmp_path: Path) -> None:
+    """Nothing is removed on a guess; an empty folder, left by a death before anything moved, is no matter."""
+    wanted = copy(done, tmp_path / "out")
+    (wanted.out / ".replaced").mkdir()
+    assert go(wanted).rows == done[1].rows
+    (wanted.out / ".replaced").mkdir()
+    (wanted.out / "scores.csv").rename(wanted.out / ".replaced/scores.csv")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"holds results of an earlier training, but its replaced\.json is damaged or missing"):
+            go(replace(wanted, overwrite=overwrite))
+    assert (wanted.out / ".replaced/scores.csv").is_file()
+
+
+def test_overwriting_what_cannot_be_moved_loses_nothing(done: tuple[Wanted, Fold], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as prepared cases on a disk of their own: half of the results stood aside already."""
+    wanted, rename = copy(done, tmp_path / "out"), Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "prepared" and path.parent == wanted.out:
+            raise OSError(16, "Device or resource busy", str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="busy"):
+            go(replace(wanted, seed=1, overwrite=True))
+    assert facts(wanted.out) == facts(done[0].out)
+    assert not (wanted.out / ".replaced").exists()
     assert go(wanted).rows == done[1].rows
 
 

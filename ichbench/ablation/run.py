@@ -21,7 +21,7 @@ from ichbench.board.render import Board, build_board, write_board
 from ichbench.board.report import Report, write_report
 from ichbench.board.runs import clusters_from, read_run, report_of_run
 from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
-from ichbench.cases.files import read_table, write_atomically
+from ichbench.cases.files import check_writable, read_table, write_atomically
 from ichbench.cases.splits import write_splits
 from ichbench.errors import InputError
 from ichbench.recipe import check_loss, check_precision
@@ -153,6 +153,7 @@ def run_study(planned: Planned, show: Callable[[Event], None]) -> Finished:
 def check_out(settings: Settings, study: Study) -> None:
     """Refuse an output folder that holds something other than this study, before anything is written to it."""
     out = settings.out
+    check_writable(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     if not out.is_dir() or not any(out.iterdir()):
@@ -175,13 +176,16 @@ def claim(planned: Planned) -> None:
 
 def _identity(settings: Settings, study: Study) -> dict[str, Any]:
     """What a folder is for, as far as it is known before the cohort is read."""
-    arms = {arm.name: arm.recipe.model_dump(mode="json") for arm in study.arms}
+    # as they predict, so that "auto" and what it comes to are the same study
+    arms = {arm.name: arm.recipe.model_copy(update={"inference": arm.recipe.prediction()}).model_dump(mode="json") for arm in study.arms}
     source = PHANTOM if settings.cohort == PHANTOM else "given"
     return {"study": study.name, "arms": arms, "seeds": list(settings.seeds), "protocol": settings.protocol, "source": source}
 
 
 def _refuse_other(settings: Settings, identity: dict[str, Any]) -> None:
     found = read_table(settings.out / "study.json", "give another --out")
+    if isinstance(found.get("arms"), dict):
+        found["arms"] = {name: _decided(recipe) for name, recipe in found["arms"].items()}
     different = [name for name in identity if found.get(name) != json.loads(json.dumps(identity[name]))]
     if different:
         changes = "; ".join(_change(name, found.get(name), identity[name]) for name in different)
@@ -189,6 +193,16 @@ def _refuse_other(settings: Settings, identity: dict[str, Any]) -> None:
             f"--out {settings.out} belongs to another study: {changes}. "
             "Nothing was changed; give a new --out, or the settings that the folder was made with"
         )
+
+
+def _decided(recipe: Any) -> Any:
+    """The recipe of an arm in an older `study.json`, which may say "auto" where ours say what it comes to (`Recipe.prediction`)."""
+    try:
+        if recipe["inference"]["mirror"] != "auto":
+            return recipe
+        return recipe | {"inference": recipe["inference"] | {"mirror": recipe["training"]["augment"]["mirror"]}}
+    except (KeyError, TypeError):
+        return recipe
 
 
 def _change(name: str, old: Any, new: Any) -> str:

@@ -24,13 +24,14 @@ from filelock import FileLock, Timeout
 from ichbench.ablation.dag import Step, fold_steps
 from ichbench.ablation.facts import model_json
 from ichbench.ablation.folds import Part, training_part
+from ichbench.ablation.replacing import ASIDE, come_back, set_aside
 from ichbench.ablation.run import open_cohort, phantom_cohort
 from ichbench.ablation.settings import PHANTOM
 from ichbench.ablation.stages import STAGES, Task, train_stage
 from ichbench.ablation.study import RunDefaults, Study
 from ichbench.arms import Arm, load_arm
 from ichbench.cases.cohort import Cohort
-from ichbench.cases.files import seal, unseal, write_atomically
+from ichbench.cases.files import check_writable, seal, unseal, write_atomically
 from ichbench.compute import ONE_CORE, Compute
 from ichbench.errors import InputError
 from ichbench.overlays import flat
@@ -85,7 +86,7 @@ class Job:
 
 
 def plan_fold(wanted: Wanted) -> Job:
-    """Resolve recipe, cohort and split; nothing but an embedded phantom is written.
+    """Resolve recipe, cohort and split; nothing is written but an embedded phantom, and what a killed `--overwrite` left aside.
 
     Raises InputError for what cannot be trained, and for a folder of another training, with the differences by key.
     """
@@ -102,6 +103,10 @@ def plan_fold(wanted: Wanted) -> Job:
     arm = replace(arm, recipe=recipe)
     check_precision(recipe.inference, wanted.compute.device)
     _check_folder(wanted.out)
+    if not wanted.overwrite and (wanted.out / ASIDE).is_dir():
+        # a killed `--overwrite` left it; before settings are compared the folder must be what it says
+        with _held(wanted.out):
+            come_back(wanted.out, LEFT)
     study = Study("train", arm.why, arm.name, (arm,), {}, RunDefaults())
     cohort = phantom_cohort(wanted.out / "cohort") if wanted.cohort == PHANTOM else open_cohort(Path(wanted.cohort), study)
     part = training_part(cohort, wanted.fold)
@@ -127,19 +132,16 @@ def train_fold(job: Job, sinks: Sequence[Callable[[dict[str, Any]], None]] = (),
         team.wait()
         training = train_stage(_task(job, "train", {"prepare": out / "prepared"}, out), **_options(job, options))["training"]
         return Fold(training, (), ())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock", timeout=0)
-        with lock:
-            if not wanted.overwrite:
-                _refuse_other(out, identity)
-            with _set_aside(out) if wanted.overwrite else contextlib.nullcontext():
-                write_atomically(out / FOLD, seal(identity))
-                _prepare(job, say)
-                team.wait()
-                return _train_and_score(job, sinks, options, say)
-    except Timeout:
-        raise InputError(f"another process is training in {out}; wait until it has ended, or give another folder") from None
+    out.mkdir(parents=True, exist_ok=True)
+    with _held(out):
+        come_back(out, LEFT)
+        if not wanted.overwrite:
+            _refuse_other(out, identity)
+        with set_aside(out, LEFT) if wanted.overwrite else contextlib.nullcontext():
+            write_atomically(out / FOLD, seal(identity))
+            _prepare(job, say)
+            team.wait()
+            return _train_and_score(job, sinks, options, say)
 
 
 def _train_and_score(job: Job, sinks: Sequence[Callable[[dict[str, Any]], None]], options: dict[str, Any], say: Any) -> Fold:
@@ -223,11 +225,26 @@ def _identity(job: Job) -> dict[str, Any]:
     return json.loads(json.dumps(table))  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold the folder's lock. InputError where another process does."""
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"another process is training in {out}; wait until it has ended, or give another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _check_folder(out: Path) -> None:
+    check_writable(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     foreign = sorted(path.name for path in out.iterdir() if path.name not in OWN and path.name[0] != ".") if out.is_dir() else []
-    if foreign and not (out / FOLD).is_file():
+    if foreign and not (out / FOLD).is_file() and not (out / ASIDE / FOLD).is_file():
         raise InputError(f"--out {out} is not empty and is not a training's folder (it holds {', '.join(foreign[:5])}); give a new folder")
 
 
@@ -246,35 +263,14 @@ def _refuse_other(out: Path, identity: dict[str, Any]) -> None:
         raise InputError(f"{out / FOLD} is damaged ({error}); nothing was changed: give a new folder, or --overwrite") from None
     if any((out / name).exists() for name in ("training.json", "final.safetensors")):
         # else an attempt ended before it trained anything, and the folder is free
+        if found.get("inference.mirror") == "auto":
+            # an older folder does not say what it came to
+            found["inference.mirror"] = found.get("training.augment.mirror")
         refuse_other(f"--out {out}", found, identity)
 
 
 #: what an earlier training left beside weights and checkpoints, which are the trainer's to remove, once it can begin
 LEFT = (FOLD, SCORED, "predictions", "prepared", "scores.csv", "curves.png", "model.json", "plan.json", "fingerprint.json")
-
-
-@contextlib.contextmanager
-def _set_aside(out: Path) -> Iterator[None]:
-    """Inside, an earlier training's results lie aside; they come back if the new training could not even begin."""
-    aside, mark = out / ".replaced", out / "training.json"
-    before = mark.read_bytes() if mark.is_file() else None
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name in LEFT:
-        if (out / name).exists():
-            (out / name).rename(aside / name)
-    try:
-        yield
-    except BaseException:
-        # the trainer rewrites its mark once it begins; until then the old weights are there, and so must be what belongs to them
-        if (mark.read_bytes() if mark.is_file() else None) == before:
-            for name in LEFT:
-                shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-            for path in list(aside.iterdir()):
-                path.rename(out / path.name)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

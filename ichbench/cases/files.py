@@ -108,6 +108,63 @@ def gzip_bytes(data: bytes) -> bytes:
     return gzip.compress(data, 6, mtime=0)
 
 
+def check_writable(out: Path, option: str = "--out") -> None:
+    """InputError, before anything is computed, for a place where nothing can be made.
+
+    That is a link to nothing, a place below a file or below such a link, or in a folder that may not be written.
+    """
+    try:
+        for place in (out, *out.parents):
+            if place.is_symlink() and not place.exists():
+                link = "" if place == out else f"{place} "
+                raise InputError(
+                    f"{option} {out}: {link}is a link to {place.readlink()}, which does not exist; make it, or remove the link"
+                )
+            if place.exists():
+                if place != out and not place.is_dir():
+                    raise InputError(f"{option} {out}: {place} is a file, so nothing can be made below it; give another place")
+                if not os.access(place if place.is_dir() else place.parent, os.W_OK | os.X_OK):
+                    raise InputError(f"{option} {out}: {place} may not be written; give another place, or change its permissions")
+                return
+    except OSError as error:
+        raise InputError(f"{option} {out}: {error.strerror or error}; give another place") from None
+
+
+def is_free(out: Path, unfinished: str) -> bool:
+    """Is `out` a new place, or an empty folder? What killed runs left (its name begins with `unfinished`), and what a disk has at its
+    root, do not count."""
+    if not out.is_dir():
+        return not out.exists()
+    return all(path.name.startswith(unfinished) or path.name == "lost+found" for path in out.iterdir())
+
+
+def staged_in(out: Path) -> Path:
+    """The folder, made if needed, in which to write what `put_in_place` then moves to `out`: on the same disk."""
+    place = out if out.is_dir() else out.parent
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def put_in_place(made: Path, out: Path, last: str) -> None:
+    """Make the folder `made` the folder `out`: by one rename or, where an empty folder is there already, piece by piece.
+
+    A folder that is there may be a mounted disk, a link to one, or the current folder: it is filled, not replaced. After a failure
+    nothing stays in it; `last` names the file without which the rest is not taken for whole.
+    """
+    if not out.is_dir():
+        made.rename(out)
+        return
+    moved: list[str] = []
+    try:
+        for piece in sorted(made.iterdir(), key=lambda path: (path.name == last, path.name)):
+            piece.rename(out / piece.name)
+            moved.append(piece.name)
+    except BaseException:
+        for name in reversed(moved):
+            (out / name).rename(made / name)
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that `path` is at any time the old file, the new file or absent; makes the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)

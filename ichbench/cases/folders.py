@@ -89,6 +89,12 @@ def read_declaration(path: Path) -> tuple[LabelRules, dict[int, int] | None]:
     return read_rules(turned_round(declared.get("labels")), declared.get("regions_class_order"), path), _label_map(path, declared)
 
 
+def mask_folders(table: Path) -> set[Path]:
+    """The folders (resolved) in which a `cohort.csv` says that masks lie; nothing but the table is read."""
+    rows = _read_table(table, required=())
+    return {(table.parent / row["mask"]).parent.resolve() for row in rows if row.get("mask")}
+
+
 def _from_nnunet(root: Path) -> Description:
     path = root / "dataset.json"
     declared = read_table(path, "correct it")

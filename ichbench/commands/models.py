@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,21 +17,32 @@ nnunet = typer.Typer(no_args_is_help=True)
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="a model folder, such as RUN/models/base-foldfull-seed0")],
+    model: Annotated[
+        Path, typer.Argument(help="a model folder, such as RUN/models/base-foldfull-seed0, or CHOICE.json of ichbench select")
+    ],
     image: Annotated[Path, typer.Argument(help="one head CT (.nii.gz), or a folder of them")],
     out: Annotated[Path, typer.Option(help="mask file, or folder when the input is a folder")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     probabilities: Annotated[bool, typer.Option("--probabilities", help="also write <case>.npz, for ichbench select")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks and archives that exist")] = False,
 ) -> None:
-    """Segment a head CT with a trained model; prints the volume in ml.
+    """Segment a head CT with a trained model, or as `ichbench select` chose; prints the volume in ml.
+
+    With CHOICE.json: by the one model chosen, or by the mean probabilities of two, then with the post-processing found for them, as
+    predict --probabilities, ensemble and postprocess apply do one after another.
 
     A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.
     """
     from ichbench.compute import resolve_device
+    from ichbench.inference.choice import load_choice, predict_choice
     from ichbench.inference.model import load_model, predict_path
 
-    for done in predict_path(load_model(model, resolve_device(device)), image, out, probabilities, overwrite):
+    place = resolve_device(device)
+    if model.is_file():
+        found = predict_choice(load_choice(model, place), image, out, probabilities, overwrite)
+    else:
+        found = predict_path(load_model(model, place), image, out, probabilities, overwrite)
+    for done in found:
         typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
 
 
@@ -42,9 +55,11 @@ def find(
     compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows stops the union, as in nnU-Net")] = "ichbench",
 ) -> None:
     """Find out where keeping only the largest component raises the Dice."""
+    from ichbench.cases.files import check_writable
     from ichbench.inference.folders import find_in_folders
 
     _check_compatibility(compatibility)
+    check_writable(rule.parent, "--rule")
     if rule.exists():
         raise InputError(f"--rule {rule} exists already; give a new file, nothing is overwritten")
     found = find_in_folders(reference, predictions, dataset_json, compatibility)
@@ -80,21 +95,40 @@ def select(
     out: Annotated[Path | None, typer.Option(help="write the choice here (JSON)")] = None,
     dataset_json: Annotated[Path | None, typer.Option(help="labels, regions and ignore label of plain folders")] = None,
     pairs: Annotated[bool, typer.Option(help="also try the mean probabilities of every two models")] = True,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="the model folder of a name, so that ichbench predict can use --out")
+    ] = None,
+    postprocess: Annotated[bool, typer.Option("--postprocess", help="also find the winner's rule, as ichbench postprocess find")] = False,
     compatibility: Annotated[str, typer.Option(help="nnunet: a label that no case shows leaves no choice, as in nnU-Net")] = "ichbench",
 ) -> None:
-    """Choose the best model, or the best two together, by the mean Dice of their cross-validated masks."""
+    """Choose the best model, or the best two together, by the mean Dice of their cross-validated masks.
+
+    What --out writes is applied in one command: ichbench predict CHOICE.json IMAGE --out OUT. For that it must know the model folders:
+    the one that a DIR lies in (as ichbench train leaves it), or --model NAME=FOLDER; a relative one is kept relative to the file.
+    """
+    from ichbench.cases.files import check_writable
     from ichbench.inference.folders import select_folders
 
     _check_compatibility(compatibility)
     folders = named_folders(models, "model")
+    if out is not None:
+        check_writable(out.parent)
     if out is not None and out.exists():
         raise InputError(f"--out {out} exists already; give a new file, nothing is overwritten")
-    found = select_folders(reference, folders, dataset_json, pairs, compatibility)
+    known = _model_folders(folders, model or [])
+    found = replace(select_folders(reference, folders, dataset_json, pairs, compatibility, postprocess), models=known)
     for names, dice in found.scores.items():
         typer.echo(f"{' + '.join(names)}: mean Dice {dice:.4f}{'  <- best' if names == found.members else ''}")
     _say_what_labels_mean(reference, dataset_json)
+    if found.postprocessing is not None:
+        steps = found.postprocessing.steps
+        kept = "; ".join(f"largest component of {', '.join(map(str, step))}" for step in steps)
+        typer.echo(f"post-processing of {' + '.join(found.members)}: {kept or 'none, it raised no Dice'}")
     if out is not None:
         found.save(out)
+        unknown = [name for name in found.members if name not in known]
+        todo = f"say where its models are to use it: --model {unknown[0]}=FOLDER" if unknown else "use it with: ichbench predict"
+        typer.echo(f"\nwritten: {out}; " + (todo if unknown else f"{todo} {out} IMAGE --out MASK"))
 
 
 def ensemble(
@@ -151,6 +185,20 @@ def nnunet_export(
     if done.images:
         typer.echo(f"{len(done.images)} prepared images in {done.images[0].parent}")
     typer.echo(f"\nwritten: {done.folder}; use it with: {done.command}")
+
+
+def _model_folders(masks: Mapping[str, Path], given: Sequence[str]) -> dict[str, Path]:
+    """Name -> model folder: the one given, or the one that the masks lie in. InputError for a folder that is none."""
+    named = named_folders(given, "--model")
+    for name, folder in named.items():
+        if name not in masks:
+            raise InputError(f"--model {name}={folder}: the models to choose from are {', '.join(masks)}; give one of these names")
+        if not (folder / "model.json").is_file():
+            raise InputError(
+                f"--model {name}={folder} is not a model folder (it holds no model.json); give the one that ichbench predict takes"
+            )
+    beside = {name: folder.parent for name, folder in masks.items() if (folder.parent / "model.json").is_file()}
+    return beside | named
 
 
 def _check_compatibility(compatibility: str) -> None:

@@ -28,6 +28,7 @@ def fingerprint(
     from ichbench.prepare.explain import explain_fingerprint
     from ichbench.prepare.window import flagged_channel_names
 
+    _check_out(out)
     found, measured, chosen = _measured(cohort, recipe, compatibility, None, out is not None, workers)
     typer.echo("\n".join(explain_fingerprint(measured, flagged_channel_names(found.channel_names, chosen.prepare))))
     _how_drawn(chosen)
@@ -54,6 +55,7 @@ def plan(
     from ichbench.prepare.survey import cohort_plans, label_counts
     from ichbench.prepare.topology import FAMILIES
 
+    _check_out(out)
     given = {"family": family, "memory_gb": memory_gb, "target_spacing_zyx_mm": None if spacing is None else _three_numbers(spacing)}
     overlay = {"plan": {key: value for key, value in given.items() if value is not None}}
     found, measured, chosen = _measured(cohort, recipe, compatibility, overlay, out is not None, workers, fingerprint)
@@ -82,27 +84,29 @@ def prepare(
 
     Where one case fails nothing is written, so that the folder is whole or not there.
     """
+    from ichbench.cases.files import check_writable, is_free, put_in_place, staged_in
     from ichbench.prepare.whole import prepare_cohort
 
-    if out.exists() and (not out.is_dir() or any(not path.name.startswith(UNFINISHED) for path in out.iterdir())):
+    check_writable(out)
+    if not is_free(out, UNFINISHED):
         raise InputError(f"--out {out} exists and is not an empty folder; give a new one")
     found, measured, chosen = _measured(cohort, recipe, compatibility, None, False, workers)
     ids = [record.id for record in found.records]
-    # a folder that is there already may be a mounted disk, so it is filled and not replaced
-    place = out if out.is_dir() else out.parent
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=UNFINISHED) as scratch:
+    with tempfile.TemporaryDirectory(dir=staged_in(out), prefix=UNFINISHED) as scratch:
         made = Path(scratch) / "prepared"
         planned = prepare_cohort(found, ids, chosen.prepare, chosen.plan, made, measured, _counted(len(ids), "prepared"))
-        if out.is_dir():
-            for name in ("cases", "fingerprint.json", "plan.json"):
-                (made / name).rename(out / name)
-        else:
-            made.rename(out)
+        put_in_place(made, out, last="plan.json")
     typer.echo("\n".join(planned.explain()))
     typer.echo(
         f"\n{len(ids)} cases in {out / 'cases'}, one folder each: image.npy (c, z, y, x), labels.npy where there is a mask, case.json"
     )
+
+
+def _check_out(out: Path | None) -> None:
+    from ichbench.cases.files import check_writable
+
+    if out is not None:
+        check_writable(out)
 
 
 def _measured(

@@ -23,20 +23,44 @@ from ichbench.cases.folders import read_declaration
 from ichbench.cases.labels import LabelRules, declared, read_rules
 from ichbench.errors import InputError
 
+MASKS = (".nii.gz", ".nii")
 #: the heads of plain labels sum to 1 within this, also in half precision
 SUM_TOLERANCE = 1e-3
 #: what reading a damaged or foreign archive may raise
 UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error, zipfile.BadZipFile)
 
 
+def archive_of(mask: Path) -> Path:
+    """Where the probabilities of a mask lie."""
+    return mask.with_name(f"{_stem(mask)}.npz")
+
+
+def taken_by(mask: Path) -> tuple[Path, ...]:
+    """What lies there of a mask's case already: masks, with the other suffix too, then its archive. Folders are none of it.
+
+    Remove them from the end, so that no archive is ever there without its mask.
+    """
+    named = (mask, *(mask.with_name(_stem(mask) + suffix) for suffix in MASKS), archive_of(mask))
+    return tuple(path for path in dict.fromkeys(named) if (path.exists() or path.is_symlink()) and not path.is_dir())
+
+
+def _stem(mask: Path) -> str:
+    return mask.name.removesuffix(next((suffix for suffix in MASKS if mask.name.endswith(suffix)), MASKS[0]))
+
+
 def write_probabilities(path: Path, table_czyx: NDArray[np.float32], grid: Grid, rules: LabelRules | None = None) -> None:
     """Write probabilities (heads, z, y, x) on `grid`, in its file's axis order, with what the heads mean."""
-    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
-    to_file = [1 + grid.file_axes.index(axis) for axis in (2, 1, 0)]
     said = {} if rules is None else {"labels": np.array(json.dumps(declared(rules)))}
     packed = io.BytesIO()
-    np.savez_compressed(packed, probabilities=np.transpose(table_czyx[(slice(None), *flips)], (0, *to_file)), **said)  # type: ignore[arg-type]
+    np.savez_compressed(packed, probabilities=in_file_order(table_czyx, grid), **said)  # type: ignore[arg-type]
     write_atomically(path, packed.getvalue())
+
+
+def in_file_order(table_czyx: NDArray[np.float32], grid: Grid) -> NDArray[np.float32]:
+    """Probabilities (heads, z, y, x) on `grid` as a view (heads, k, j, i), slowest axis of its file first."""
+    flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in grid.file_flips)
+    to_file = [1 + grid.file_axes.index(axis) for axis in (2, 1, 0)]
+    return np.transpose(table_czyx[(slice(None), *flips)], (0, *to_file))
 
 
 def archived_rules(path: Path) -> LabelRules | None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ichbench.cases.files import read_table
+from ichbench.cases.files import check_writable, read_table
 from ichbench.cases.images import read_grid, read_labels, write_labels
 from ichbench.cases.labels import LabelRules, Target, plain_rules, read_rules
-from ichbench.errors import InputError
-from ichbench.inference.archives import archived_rules, read_probabilities, same_heads
+from ichbench.errors import CaseError, InputError
+from ichbench.inference.archives import archived_rules, read_probabilities, same_heads, taken_by
 from ichbench.inference.postprocess import Labels, Postprocessing, find_postprocessing
 from ichbench.inference.select import Candidate, Selection, find_best
 from ichbench.scoring.layouts import SUFFIXES, case_id, elsewhere, files_by_case, find_pairs, references_in, rules_in
@@ -60,13 +60,15 @@ def apply_to_folder(rule: Postprocessing, predictions: Path, out: Path) -> Itera
     `out` is a folder or, for a single mask, also a file name that ends in .nii.gz or .nii.
     """
     single = predictions.is_file() and out.name.endswith(SUFFIXES) and not out.is_dir()
-    if not single:
+    if single:
+        check_writable(out.parent)
+    else:
         _check_folder(out)
     sources = list(files_by_case(predictions).values()) if predictions.is_dir() else [predictions]
     if not sources or not all(source.is_file() for source in sources):
         raise InputError(f"{predictions} holds no mask (.nii.gz or .nii)")
     targets = [out if single else out / source.name for source in sources]
-    there = [target for target in targets if target.exists()]
+    there = [old for target in targets for old in ((target,) if target.exists() else taken_by(target))]
     if there:
         raise InputError(f"{there[0]} exists already; give another --out, nothing is overwritten")
     for source, target in zip(sources, targets, strict=True):
@@ -78,7 +80,12 @@ def apply_to_folder(rule: Postprocessing, predictions: Path, out: Path) -> Itera
 
 
 def select_folders(
-    reference: Path, models: Mapping[str, Path], dataset_json: Path | None = None, pairs: bool = True, compatibility: str = "ichbench"
+    reference: Path,
+    models: Mapping[str, Path],
+    dataset_json: Path | None = None,
+    pairs: bool = True,
+    compatibility: str = "ichbench",
+    postprocess: bool = False,
 ) -> Selection:
     """The best of several models by their folders of cross-validated masks; for pairs also `<case>.npz` with `probabilities`.
 
@@ -112,7 +119,7 @@ def select_folders(
     def truth(case: str) -> Labels:
         return _reference(references[case], label_map, {*rules.labels, *(() if rules.ignore is None else (rules.ignore,))})
 
-    return find_best(candidates, list(references), truth, rules, pairs, compatibility)
+    return find_best(candidates, list(references), truth, rules, pairs, compatibility, postprocess)
 
 
 def average_folders(
@@ -142,7 +149,7 @@ def average_folders(
                 "the same cases: ichbench predict --probabilities"
             )
     targets = {case: out / masks[0][case].name for case in cases}
-    there = [target for target in targets.values() if target.exists()]
+    there = [old for target in targets.values() for old in ((target,) if target.exists() else taken_by(target))]
     # a source is never replaced, not even with `overwrite`
     if any(out.resolve() == folder.resolve() for folder in folders):
         raise InputError(f"--out {out} is one of the folders to average; give another")
@@ -161,12 +168,19 @@ def average_folders(
         check_heads(len(mean), meaning)
         labels = meaning.from_probabilities(mean)
         labels = labels if rule is None else rule.apply(labels).astype(np.int16)
-        out.mkdir(parents=True, exist_ok=True)
-        write_labels(targets[case], labels, grid)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for old in reversed(taken_by(targets[case])):
+                # an archive of another model's, or a mask with the other suffix
+                old.unlink(missing_ok=True)
+            write_labels(targets[case], labels, grid)
+        except OSError as error:
+            raise CaseError(f"case {case}: {error.filename or targets[case]}: {error.strerror or error}; see to it and run again") from None
         yield targets[case]
 
 
 def _check_folder(out: Path) -> None:
+    check_writable(out)
     if not out.is_dir() and (out.exists() or out.name.endswith(SUFFIXES)):
         raise InputError(f"--out {out} is a file or named like one; give a folder for the masks")
 

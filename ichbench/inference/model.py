@@ -8,6 +8,7 @@ fold_0/final.safetensors, ...             those of several, whose logits are ave
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ichbench.cases.case import Case
+from ichbench.cases.case import Case, Grid
+from ichbench.cases.files import check_writable
 from ichbench.cases.images import read_image, reorient, write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import CaseError, InputError
-from ichbench.inference.archives import write_probabilities
+from ichbench.inference.archives import archive_of, taken_by, write_probabilities
 from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import UNet, check_topology, make_unet
@@ -171,19 +173,35 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
 
     A model of several channels takes the files `case_0000.nii.gz`, `case_0001.nii.gz`, ...; one of them names the case.
     With `probabilities` an archive `<mask's name>.npz` lies beside each mask, as nnU-Net writes it. Files that exist are refused
-    before anything is computed, unless `overwrite` is set: then mask and archive of a case are removed before it is computed, so that
-    neither outlives the mask it belongs to, or a case that fails. In a folder a case that fails does not stop the others: CaseError
-    names all that failed at the end.
+    before anything is computed (a mask with the other suffix is one of them), unless `overwrite` is set: then masks and archive of a
+    case are removed before it is computed, so that one mask is left, no archive outlives the mask it belongs to, and neither does a
+    case that fails. In a folder a case that fails does not stop the others: CaseError names all that failed at the end.
     """
     check_precision(model.tools.inference, model.tools.device)
-    cases = find_images(image, model.channel_names)
+
+    def one(case_id: str, files: Sequence[Path], target: Path) -> Predicted:
+        return _predict_files(model, case_id, files, target, probabilities)
+
+    yield from predict_each(find_images(image, model.channel_names), image, out, one, overwrite)
+
+
+def predict_each(
+    cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, one: Callable[[str, Sequence[Path], Path], Predicted], overwrite: bool
+) -> Iterator[Predicted]:
+    """`one(case, files, target)` for every case, with all that `predict_path` says of files that exist and cases that fail."""
     targets = _targets(cases, image, out, overwrite)
+    sources = {_real(source) for files in cases.values() for source in files}
     failed: dict[str, Exception] = {}
     for case_id, files in cases.items():
-        for old in (targets[case_id], _archive(targets[case_id])):
-            old.unlink(missing_ok=True)
         try:
-            done = _predict_files(model, case_id, files, targets[case_id], probabilities)
+            try:
+                for old in reversed(taken_by(targets[case_id])):
+                    if _real(old) not in sources:
+                        old.unlink(missing_ok=True)
+                done = one(case_id, files, targets[case_id])
+            except OSError as error:
+                said = f"{error.filename or targets[case_id]}: {error.strerror or error}"
+                raise CaseError(f"case {case_id}: {said}; see to it and give the same command again, with --overwrite") from None
         except (InputError, CaseError) as error:
             if len(cases) == 1:
                 raise
@@ -198,6 +216,8 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
 def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, overwrite: bool) -> Mapping[str, Path]:
     """Case -> its mask's file; InputError for an `--out` that fits no input, an input among the targets, or an existing file."""
     named = out.name.endswith(SUFFIXES)
+    # a mask's file may be a link to nothing: it is replaced
+    check_writable(out.parent if named and not image.is_dir() and not out.is_dir() else out)
     if not out.is_dir():
         if image.is_dir() and (named or out.exists()):
             raise InputError(f"{image} is a folder, so --out must be a folder too, but {out} is a file or named like one")
@@ -207,13 +227,15 @@ def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, over
             )
     single = named and not image.is_dir() and not out.is_dir()
     targets = {case_id: out if single else out / (case_id + _suffix(files[0])) for case_id, files in cases.items()}
-    sources = {source.resolve(): source for files in cases.values() for source in files}
-    # an archive that is there belongs to another mask, also where none is written
-    written = [*targets.values(), *(_archive(target) for target in targets.values())]
-    for target in written:
-        if target.resolve() in sources:
-            raise InputError(f"--out {out} would overwrite the image {sources[target.resolve()]}; give another file or folder")
-    there = [target for target in written if target.exists()]
+    sources = {_real(source): source for files in cases.values() for source in files}
+    for case_id, target in targets.items():
+        if _real(target) in sources:
+            raise InputError(f"--out {out} would overwrite the image {sources[_real(target)]}; give another file or folder")
+        for path in (target, archive_of(target)):
+            if path.is_dir():
+                raise InputError(f"case {case_id}: {path} is a folder, where a file of the case belongs; move it, or give another --out")
+    # an archive that is there belongs to another mask, also where none is written; an image beside its mask is none
+    there = [old for target in targets.values() for old in taken_by(target) if _real(old) not in sources]
     if there and not overwrite:
         more = f" and {len(there) - 1} more" if there[1:] else ""
         raise InputError(f"{there[0]}{more} would be overwritten; nothing was computed: give another --out, or --overwrite")
@@ -308,16 +330,26 @@ def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Pa
     case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
     if probabilities:
         prediction, table = predict_with_probabilities(case, model.tools)
-        write_probabilities(_archive(target), table, case.grid, model.tools.rules)
+        write_probabilities(archive_of(target), table, case.grid, model.tools.rules)
     else:
         prediction = predict_unet(case, model.tools)
     labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
-    write_labels(target, labels, case.grid)
-    return Predicted(target, float(np.count_nonzero(labels)) * case.grid.voxel_ml, notes + prediction.notes)
+    return write_mask(target, labels, case.grid, notes + prediction.notes)
 
 
-def _archive(mask: Path) -> Path:
-    return mask.with_name(f"{_stem(mask)}.npz")
+def write_mask(target: Path, labels_zyx: NDArray[np.int16], grid: Grid, notes: tuple[str, ...]) -> Predicted:
+    """Write a case's mask, after its archive if it has one: that is only ever there beside its mask."""
+    try:
+        write_labels(target, labels_zyx, grid)
+    except BaseException:
+        archive_of(target).unlink(missing_ok=True)
+        raise
+    return Predicted(target, float(np.count_nonzero(labels_zyx)) * grid.voxel_ml, notes)
+
+
+def _real(path: Path) -> str:
+    # `Path.resolve` does not take links that go in a circle
+    return os.path.realpath(path)
 
 
 def _channels(channel_names: Sequence[str]) -> str:

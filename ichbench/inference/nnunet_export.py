@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ichbench.cases.case import Grid
-from ichbench.cases.files import write_atomically
+from ichbench.cases.files import check_writable, write_atomically
 from ichbench.cases.images import write_image
 from ichbench.cases.labels import declared
 from ichbench.errors import InputError
@@ -75,6 +75,7 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
 
     Raises InputError for a model that nnU-Net cannot repeat, and where the target exists. Then nothing is written.
     """
+    check_writable(out)
     members = find_members(model)
     first = members[0][1]
     _check_exportable(first, with_prepared is not None)
@@ -110,7 +111,13 @@ def export_nnunet(model: Path, out: Path, dataset_name: str | None = None, with_
             notes += more
             (Path(scratch) / prepared.name).rename(prepared)
             images = tuple(prepared / name for name in names)
-        made.rename(target)
+        try:
+            made.rename(target)
+        except BaseException:
+            if images:
+                # its own prepared images, which nobody could use
+                shutil.rmtree(prepared)
+            raise
     command = _command(target, folds, first, images)
     return Exported(target, {fold: name for fold, (name, _, _) in folds.items()}, images, tuple(dict.fromkeys(notes)), command)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ichbench.cases.files import read_json, write_atomically
+from ichbench.cases.files import check_writable, is_free, put_in_place, read_json, staged_in, write_atomically
 from ichbench.cases.labels import read_rules
 from ichbench.errors import InputError
 from ichbench.inference.model import check_intensities
@@ -37,6 +37,8 @@ from ichbench.prepare.plans_read import plan_of, read_plans
 from ichbench.recipe import NetworkRecipe
 
 CHECKPOINTS = ("final", "best")
+#: how the folders of work under way begin, which a killed process leaves behind
+UNFINISHED = ".import-"
 #: what decides how nnU-Net's two networks compute; plans with other settings are refused
 ARCHITECTURE = frozenset(
     "n_stages features_per_stage conv_op kernel_sizes strides n_conv_per_stage n_blocks_per_stage n_conv_per_stage_decoder conv_bias "
@@ -67,16 +69,16 @@ def import_nnunet(
     its folds are taken.
 
     Raises InputError where a file is missing, damaged, hostile or does not fit to the others, and for what cannot be
-    computed here (other networks, preprocessors). `out` then does not exist.
+    computed here (other networks, preprocessors). `out` then does not exist, or is the empty folder that it was.
     """
     if checkpoint not in CHECKPOINTS:
         raise InputError(f"--checkpoint {checkpoint!r} is not understood; allowed are {', '.join(CHECKPOINTS)}")
     plans, dataset = _read_tables(folder)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_writable(out)
+    if not is_free(out, UNFINISHED):
         raise InputError(f"--out {out} exists and is not an empty folder; give a new one")
     names = _choose_folds(folder, f"checkpoint_{checkpoint}.pth", folds)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".import-") as scratch:
+    with tempfile.TemporaryDirectory(dir=staged_in(out), prefix=UNFINISHED) as scratch:
         made = Path(scratch) / "model"
         try:
             imported = _import_into(made, folder, plans, dataset, checkpoint, names)
@@ -84,9 +86,7 @@ def import_nnunet(
         except RecursionError:
             # what could be read may still be too deep to be written
             raise InputError(f"{folder}: plans.json, dataset.json or a checkpoint nests its entries too deeply; get the original") from None
-        if out.is_dir():
-            out.rmdir()
-        made.rename(out)
+        put_in_place(made, out, last="model.json")
     return Imported(out, *imported)
 
 

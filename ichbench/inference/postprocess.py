@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ Labels = NDArray[np.integer]
 Load = Callable[[str], tuple[Labels, Labels]]
 
 FORMAT = "ichbench postprocessing 1"
+#: that a mask file holds
+HIGHEST = 65535
 
 
 @dataclass(frozen=True)
@@ -51,30 +54,37 @@ class Postprocessing:
             labels_zyx = keep_largest(labels_zyx, step)
         return labels_zyx
 
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """As `save` writes it; `parse_postprocessing` reads it."""
         trials = [{**vars(trial), "keep_largest": list(trial.keep_largest)} for trial in self.trials]
         for trial in trials:
             trial |= {key: None if np.isnan(trial[key]) else trial[key] for key in ("before", "after")}
-        table = {"format": FORMAT, "keep_largest": [list(step) for step in self.steps], "cases": self.cases, "tried": trials}
-        write_atomically(path, (json.dumps(table, indent=1) + "\n").encode())
+        return {"format": FORMAT, "keep_largest": [list(step) for step in self.steps], "cases": self.cases, "tried": trials}
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
 
 
 def read_postprocessing(path: Path) -> Postprocessing:
     """Read what `save` wrote; InputError for anything else."""
-    table = read_table(path, "give what `ichbench postprocess find` wrote; nnU-Net's .pkl files are not read")
+    return parse_postprocessing(read_table(path, "give what `ichbench postprocess find` wrote; nnU-Net's .pkl files are not read"), path)
+
+
+def parse_postprocessing(table: Any, path: Path) -> Postprocessing:
+    """A rule out of the JSON in `path`, whose name begins the InputError for anything else."""
     try:
         if table["format"] != FORMAT:
             raise ValueError(f"format {table['format']!r}")
-        steps = tuple(tuple(int(label) for label in step) for step in table["keep_largest"])
-        if any(not step or min(step) < 1 for step in steps):
-            raise ValueError("keep_largest must list labels above 0")
+        steps = tuple(tuple(step) for step in table["keep_largest"])
+        if any(not step or not all(type(label) is int and 0 < label <= HIGHEST for label in step) for step in steps):
+            raise ValueError(f"keep_largest must list labels from 1 to {HIGHEST}")
         trials = tuple(
             Trial(tuple(item["keep_largest"]), _number(item["before"]), _number(item["after"]), bool(item["accepted"]))
             for item in table["tried"]
         )
         return Postprocessing(steps, trials, int(table["cases"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is not a rule of `ichbench postprocess find` ({error}); nnU-Net's .pkl files are not read") from None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ichbench.cases.files import read_table
-from ichbench.cases.folders import describe, read_declaration
+from ichbench.cases.folders import describe, mask_folders, read_declaration
 from ichbench.cases.labels import LabelRules, scored_labels, turned_round
 from ichbench.errors import InputError
 from ichbench.scoring.score import Labels, regions_of
@@ -126,7 +126,10 @@ def references_in(folder: Path, dataset_json: Path | None = None) -> tuple[dict[
             found = files_by_case(folder / name) if (folder / name).is_dir() else {}
             if found:
                 return found, declared
-        raise InputError(f"{folder} holds no reference: it has a dataset.json, but no mask in labelsTs or labelsTr ending in {_or()}")
+        raise InputError(
+            f"{folder} holds no reference: it has a dataset.json, but no mask in labelsTs or labelsTr ending in {_or()}"
+            + _other_ending(folder)
+        )
     if (folder / "cohort.csv").is_file():
         cohort = describe(folder)
         labelled = {record.id: (record.split, record.label) for record in cohort.records if record.label is not None}
@@ -143,7 +146,7 @@ def references_in(folder: Path, dataset_json: Path | None = None) -> tuple[dict[
             return found, given or _said_by(_declaration_of(folder))
     raise InputError(
         f"{folder} holds no reference: no file ends in {_or()}, and it is neither an nnU-Net data set (dataset.json with labelsTs or "
-        "labelsTr) nor an INSTANCE folder (label/)"
+        "labelsTr) nor an INSTANCE folder (label/)" + _other_ending(folder)
     )
 
 
@@ -169,6 +172,11 @@ def _declaration_of(folder: Path) -> Path | None:
         places = [above / "dataset.json"] if folder.resolve().name in ("labelsTs", "labelsTr") else []
         if folder.resolve().name == "label":
             places = [place / "cohort.json" for place in ((above.parent, above) if above.name in ("train", "train_2") else (above,))]
+        if not any(place.is_file() for place in places):
+            # or of a cohort.csv, which may name any folder below it; a table that declares nothing says nothing of labels
+            tables = [place / "cohort.csv" for place in (above, above.parent) if (place / "cohort.csv").is_file()]
+            declared = [table for table in tables if table.with_name("cohort.json").is_file()]
+            places = [table.with_name("cohort.json") for table in declared if folder.resolve() in mask_folders(table)]
     return next((place for place in places if place.is_file()), None)
 
 
@@ -234,9 +242,6 @@ def _declared(path: Path) -> tuple[Labels, Mapping[int, int] | None]:
     content = read_table(path, "give nnU-Net's dataset.json")
     if "labels" not in content:
         raise InputError(f'{path} declares no "labels"; give nnU-Net\'s dataset.json')
-    ending = content.get("file_ending", SUFFIXES[0])
-    if ending not in SUFFIXES:
-        raise InputError(f'{path}: "file_ending" is {ending!r}; only {_or()} can be scored: convert the masks to NIfTI')
     mapping = content.get("label_map")
     if mapping is None:
         return check_labels(content["labels"], str(path)), None
@@ -252,6 +257,14 @@ def elsewhere(reference: Path, used: Path, predictions: Mapping[str, Path]) -> s
         return ""
     n = len(files_by_case(other).keys() & predictions.keys())
     return f". {n} match {other}: give that folder, with --dataset-json {reference / 'dataset.json'}" if n else ""
+
+
+def _other_ending(folder: Path) -> str:
+    """A word on a data set whose `dataset.json` says that its files are of a kind that is not read."""
+    above = folder.resolve().parent if folder.resolve().name in ("labelsTs", "labelsTr") else folder
+    path = above / "dataset.json"
+    ending = read_table(path, "correct it").get("file_ending", SUFFIXES[0]) if path.is_file() else SUFFIXES[0]
+    return "" if ending in SUFFIXES else f'. {path}: "file_ending" is {ending!r}; only {_or()} can be scored: convert the masks to NIfTI'
 
 
 def _or() -> str:

@@ -59,11 +59,14 @@ class Saving:
 @dataclass(frozen=True)
 class Opened:
     """A folder that may be trained in. `result` is set where it is finished; `earlier` are the lengths (epochs) it had before it
-    was extended."""
+    was extended. `replaced` is the sha256 of the mark that it overwrote, so that a folder never shows one mark twice; `clearing`: what
+    else lies there is still the overwritten training's."""
 
     identity: dict[str, Any]
     earlier: tuple[int, ...] = ()
     result: dict[str, Any] | None = None
+    replaced: str | None = None
+    clearing: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,8 +193,14 @@ def open_folder(out: Path, checkpoints: Path, identity: dict[str, Any], overwrit
         raise InputError(f"{out} cannot be written: {error.strerror or error}; give a folder that can") from None
     try:
         if overwrite:
+            # from this one rename on the folder is the new training's; killed before it, the old one is whole
+            mark = out / MARK
+            replaced = hashlib.sha256(mark.read_bytes()).hexdigest() if mark.is_file() else None
+            write_mark(out, Opened(identity, replaced=replaced, clearing=True))
+        opened = _look(out, checkpoints, identity, extend)
+        if opened.clearing:
             clear(out, checkpoints)
-        yield _look(out, checkpoints, identity, extend)
+        yield dataclasses.replace(opened, clearing=False)
     except OSError as error:
         place = error.filename or out
         raise InputError(f"{place}: {error.strerror or error}; see to it and run the same command again, it goes on from there") from None
@@ -201,7 +210,8 @@ def open_folder(out: Path, checkpoints: Path, identity: dict[str, Any], overwrit
 
 def write_mark(out: Path, opened: Opened, environment: dict[str, Any] | None = None) -> None:
     """Write `training.json`."""
-    table = {"identity": opened.identity, "earlier_epochs": list(opened.earlier), "result": opened.result}
+    table: dict[str, Any] = {"identity": opened.identity, "earlier_epochs": list(opened.earlier), "result": opened.result}
+    table |= {"replaced": opened.replaced, "clearing": opened.clearing}
     write_atomically(out / MARK, seal(table | {"environment": environment or {}}))
 
 
@@ -234,11 +244,10 @@ def read_finished(out: Path, table: dict[str, Any]) -> TrainResult:
 
 
 def clear(out: Path, checkpoints: Path) -> None:
-    """Remove what a training wrote, and nothing else."""
-    # the mark goes last: as long as it is there, the rest is known to be a training's
+    """Remove what a training wrote, its mark apart, and nothing else."""
     for place in places(checkpoints):
         shutil.rmtree(place)
-    for name in (LOG, *WEIGHTS, MARK):
+    for name in (LOG, *WEIGHTS):
         (out / name).unlink(missing_ok=True)
 
 
@@ -258,13 +267,14 @@ def _look(out: Path, checkpoints: Path, identity: dict[str, Any], extend: bool) 
             raise InputError(f"{out} holds no finished training to extend; train first")
         return Opened(identity)
     earlier, result, found = tuple(mark["earlier_epochs"]), mark["result"], mark["identity"]
+    replaced, clearing = mark.get("replaced"), mark.get("clearing", False)
     changed = differences(found, identity)
     if result is not None and extend and set(changed) == {EPOCHS}:
         if identity[EPOCHS] <= found[EPOCHS]:
             raise InputError(f"{out}: was trained for {found[EPOCHS]} epochs; extend it to more than that, not to {identity[EPOCHS]}")
         if not places(checkpoints):
             raise InputError(f"{out}: the last checkpoint is gone, so the training cannot be extended; train anew in another folder")
-        return Opened(identity, (*earlier, found[EPOCHS]))
+        return Opened(identity, (*earlier, found[EPOCHS]), None, replaced)
     hint = ""
     if set(changed) == {EPOCHS}:
         if result is None:
@@ -274,7 +284,7 @@ def _look(out: Path, checkpoints: Path, identity: dict[str, Any], extend: bool) 
         else:
             hint = f"it is finished, with more epochs than were asked for; --extend-to {found[EPOCHS]} leaves it as it is"
     refuse_other(str(out), found, identity, hint)
-    return Opened(identity, earlier, result)
+    return Opened(identity, earlier, result, replaced, clearing)
 
 
 def _digest(case: TrainingCase) -> str:
