@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from typing import Any
 
 from ichbench.errors import InputError
-from ichbench.recipe import STAGES, PlanRecipe, Recipe
+from ichbench.recipe import STAGES, InferenceRecipe, PlanRecipe, Recipe
 from ichbench.strict import validated
 
 #: tables of the recipe that overlays change key by key
 MERGED = (*STAGES, "augment")
 #: plan.dims -> the table of an overlay that holds for it alone
 CONDITIONS = {2: "when_2d", 3: "when_3d"}
+#: fields of `inference` that may be another for a model that is trained: how its tiles are predicted
+CHOSEN_LATE = ("mirror", "tile_step", "gaussian", "precision", "convolution")
 
 
 def diff(arm: Recipe, base: Recipe) -> dict[str, tuple[Any, Any]]:
     """Keys in which two recipes differ: {"training.loss": (base value, arm value)}."""
     ours, theirs = flat(arm.model_dump(mode="json")), flat(base.model_dump(mode="json"))
     return {key: (theirs.get(key), ours.get(key)) for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)}
+
+
+def with_settings(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """A trained model's recipe with some of `CHOSEN_LATE` as "NAME=VALUE" say, values as in TOML (a word needs no quotes)."""
+    table: dict[str, Any] = {}
+    for text in settings:
+        name, given, value = (part.strip() for part in text.partition("="))
+        if not given or name not in CHOSEN_LATE:
+            raise InputError(f"--set {text!r} is not understood; give NAME=VALUE with one of the names {', '.join(CHOSEN_LATE)}")
+        try:
+            table[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[name] = value
+    inference = validated(InferenceRecipe, recipe.inference.model_dump() | table, "--set")
+    return recipe.model_copy(update={"inference": inference})
 
 
 def make_recipe(*overlays: dict[str, Any], source: str = "recipe") -> Recipe:

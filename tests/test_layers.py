@@ -93,6 +93,7 @@ HOUSE: dict[str, tuple[str, ...]] = {
         "select",
         "archives",
         "folders",
+        "images",
         "model",
         "choice",
         "nnunet_import",

@@ -13,11 +13,14 @@ from ichbench.cases.case import Grid
 from ichbench.cases.images import read_labels, write_image
 from ichbench.errors import CaseError, InputError
 from ichbench.inference import model as module
-from ichbench.inference.model import Model, load_model, predict_path, read_case
+from ichbench.inference.images import read_case
+from ichbench.inference.model import Model, load_model, predict_path
 from ichbench.prepare.window import ConstantImageWarning
-from ichbench.recipe import PrepareRecipe
+from ichbench.recipe import InferenceRecipe, PrepareRecipe
 
 GRID = Grid((6, 20, 22), np.array([[0, 0, -1, 0], [0, -1, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]]))
+
+ACTING = [((), "a.nii"), (("tile_step=0.2",), "b.nii"), (("mirror=true",), "c.nii"), (("gaussian=false",), "d.nii")]
 
 
 @pytest.fixture
@@ -236,3 +239,32 @@ def test_an_image_that_does_not_say_where_its_axes_point(model: Model, tmp_path:
     nibabel.save(image, tmp_path / "bare.nii.gz")
     with pytest.raises(InputError, match=r"bare.nii.gz: without sform and qform .*; write one of them$"):
         list(predict_path(model, tmp_path / "bare.nii.gz", tmp_path / "out"))
+
+
+def test_settings_that_may_change_after_training(images: Path, tmp_path: Path) -> None:
+    folder = write_model(
+        tmp_path / "model", small_plan(), overlay={"inference": {"mirror": False}, "training": {"augment": {"mirror": [1]}}}
+    )
+
+    def inference(*settings: str) -> InferenceRecipe:
+        return load_model(folder, settings=settings).tools.inference
+
+    assert inference() == InferenceRecipe(mirror=False)
+    given = ("tile_step=0.75", "gaussian=false", "precision=bf16", "convolution = 'direct'", "mirror=[0, 2]")
+    assert inference(*given) == InferenceRecipe(mirror=(0, 2), tile_step=0.75, gaussian=False, precision="bf16", convolution="direct")
+    assert inference("mirror=auto") == InferenceRecipe(mirror=(1,)), "what training showed, not what the recipe says"
+    assert inference("mirror=true", "mirror=false") == InferenceRecipe(mirror=False)
+    for wrong in ("checkpoint=best", "tile_step", "=1", "step=1", "compatibility=nnunet"):
+        with pytest.raises(InputError, match=f"--set '{wrong}' is not understood; give NAME=VALUE with one of the names mirror, tile_step"):
+            inference(wrong)
+    for wrong, said in {
+        "tile_step=2": "tile_step = 2 ",
+        "precision=fp8": "precision = 'fp8' ",
+        "mirror=[0,0]": "",
+        "tile_step=half": "",
+    }.items():
+        with pytest.raises(InputError, match=f"^--set: .*{said}"):
+            inference(wrong)
+    # and they act
+    masks = [next(predict_path(load_model(folder, settings=one), images / "a_0000.nii.gz", tmp_path / name)) for one, name in ACTING]
+    assert len({mask.path.read_bytes() for mask in masks}) == len(ACTING)

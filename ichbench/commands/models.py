@@ -25,11 +25,18 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     probabilities: Annotated[bool, typer.Option("--probabilities", help="also write <case>.npz, for ichbench select")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace masks and archives that exist")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="other than the model's recipe: mirror=false, tile_step=0.75, ..."),
+    ] = None,
 ) -> None:
     """Segment a head CT with a trained model, or as `ichbench select` chose; prints the volume in ml.
 
     With CHOICE.json: by the one model chosen, or by the mean probabilities of two, then with the post-processing found for them, as
     predict --probabilities, ensemble and postprocess apply do one after another.
+
+    --set changes how tiles are predicted, not what was trained: mirror (false is 8 times faster in 3D, and less accurate), tile_step,
+    gaussian, precision (bf16, where the hardware has it), convolution (compiled: for bf16 and GPUs).
 
     A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.
     """
@@ -39,9 +46,9 @@ def predict(
 
     place = resolve_device(device)
     if model.is_file():
-        found = predict_choice(load_choice(model, place), image, out, probabilities, overwrite)
+        found = predict_choice(load_choice(model, place, settings or ()), image, out, probabilities, overwrite)
     else:
-        found = predict_path(load_model(model, place), image, out, probabilities, overwrite)
+        found = predict_path(load_model(model, place, settings or ()), image, out, probabilities, overwrite)
     for done in found:
         typer.echo(f"{done.path}: {done.volume_ml:.2f} ml" + "".join(f"  [{note}]" for note in done.notes))
 

@@ -16,7 +16,8 @@ from ichbench.cases.labels import LabelRules
 from ichbench.errors import InputError
 from ichbench.inference.archives import archive_of, in_file_order, same_heads, write_probabilities
 from ichbench.inference.ensemble import mean_probabilities
-from ichbench.inference.model import Model, Predicted, find_images, load_model, predict_each, read_case, write_mask
+from ichbench.inference.images import find_images, read_case
+from ichbench.inference.model import Model, Predicted, load_model, predict_each, write_mask
 from ichbench.inference.postprocess import Postprocessing
 from ichbench.inference.predictors import predict_unet, predict_with_probabilities
 from ichbench.inference.select import read_selection
@@ -31,8 +32,8 @@ class Choice:
     rule: Postprocessing
 
 
-def load_choice(path: Path, device: str = "cpu") -> Choice:
-    """Read what `ichbench select` wrote, and the models that it names.
+def load_choice(path: Path, device: str = "cpu", settings: Sequence[str] = ()) -> Choice:
+    """Read what `ichbench select` wrote, and the models that it names, each with the `settings` of `load_model`.
 
     InputError for another or damaged file, for a model that is not where the file says, and for models that do not go together.
     """
@@ -48,7 +49,7 @@ def load_choice(path: Path, device: str = "cpu") -> Choice:
                 f"{path}: the model {name!r} should be in {found.models[name]}, but there is no such folder; bring it back, "
                 'or correct "models" in that file'
             )
-    members = tuple(load_model(found.models[name], device) for name in found.members)
+    members = tuple(load_model(found.models[name], device, settings) for name in found.members)
     first = members[0]
     for name, other in zip(found.members[1:], members[1:], strict=True):
         if not same_heads(_rules(first), _rules(other)):

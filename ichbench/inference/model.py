@@ -21,20 +21,22 @@ from numpy.typing import NDArray
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.files import check_writable
-from ichbench.cases.images import read_image, reorient, write_labels
+from ichbench.cases.images import write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.archives import archive_of, taken_by, write_probabilities
+from ichbench.inference.images import find_images, read_case, suffix_of
 from ichbench.inference.postprocess import read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import UNet, check_topology, make_unet
 from ichbench.network.weights import load_weights
+from ichbench.overlays import with_settings
 from ichbench.prepare.configuration import network_plan
 from ichbench.prepare.normalize import NORMALIZERS
 from ichbench.prepare.plan import Plan
-from ichbench.recipe import NetworkRecipe, PrepareRecipe, Recipe, check_precision
+from ichbench.recipe import NetworkRecipe, Recipe, check_precision
+from ichbench.scoring.layouts import SUFFIXES
 
-SUFFIXES = (".nii.gz", ".nii")
 #: intensities are computed in single precision
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -105,8 +107,11 @@ def read_model(folder: Path) -> ModelFolder:
     return ModelFolder(folder, plan, recipe, channels, rules, axes, folds, about)
 
 
-def load_model(folder: Path, device: str = "cpu") -> Model:
-    """Read a model folder with its weights; several folds become several networks. Raises InputError for a damaged one."""
+def load_model(folder: Path, device: str = "cpu", settings: Sequence[str] = ()) -> Model:
+    """Read a model folder with its weights; several folds become several networks. Raises InputError for a damaged one.
+
+    settings    "NAME=VALUE", fields of its `inference` that hold instead of what its recipe says (`with_settings`)
+    """
     found = read_model(folder)
     networks, topology = [], network_plan(found.plan, found.rules)
     for path in found.weights(found.recipe.inference.checkpoint).values():
@@ -116,8 +121,8 @@ def load_model(folder: Path, device: str = "cpu") -> Model:
         networks.append(network.to(device).eval())
     rule = folder / "postprocessing.json"
     postprocessing = read_postprocessing(rule) if found.recipe.inference.postprocess != "off" else None
-    previous = None if found.plan.previous_stage is None else _first_stage(load_model(folder / "previous", device))
-    recipe = found.recipe
+    previous = None if found.plan.previous_stage is None else _first_stage(load_model(folder / "previous", device, settings))
+    recipe = with_settings(found.recipe, settings)
     tools = Tools(
         recipe.prediction(),
         recipe.prepare,
@@ -226,7 +231,7 @@ def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, over
                 f"--out {out} is neither a folder nor a name ending in {' or '.join(SUFFIXES)}; make a folder with a dot first"
             )
     single = named and not image.is_dir() and not out.is_dir()
-    targets = {case_id: out if single else out / (case_id + _suffix(files[0])) for case_id, files in cases.items()}
+    targets = {case_id: out if single else out / (case_id + suffix_of(files[0])) for case_id, files in cases.items()}
     sources = {_real(source): source for files in cases.values() for source in files}
     for case_id, target in targets.items():
         if _real(target) in sources:
@@ -240,90 +245,6 @@ def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, over
         more = f" and {len(there) - 1} more" if there[1:] else ""
         raise InputError(f"{there[0]}{more} would be overwritten; nothing was computed: give another --out, or --overwrite")
     return targets
-
-
-def find_images(image: Path, channel_names: Sequence[str]) -> dict[str, tuple[Path, ...]]:
-    """Case -> its files in channel order, for an image, one channel of an image, or a folder.
-
-    nnU-Net's names, `<case>_<four digits>`, are needed for several channels; with one channel any name is a case.
-    """
-    if not image.is_dir():
-        if len(channel_names) == 1:
-            return {_case_id(image): (image,)}
-        match = re.fullmatch(r"(.+)_(\d{4})", _stem(image))
-        if match is None:
-            raise InputError(f"{image}: this model takes {_channels(channel_names)}, so the name must be CASE_0000.nii.gz and so on")
-        siblings = [image.with_name(f"{match[1]}_{index:04d}{_suffix(image)}") for index in range(len(channel_names))]
-        lacking = [path.name for path in siblings if not path.is_file()]
-        if lacking:
-            raise InputError(f"{image}: this model takes {_channels(channel_names)}, but beside it there is no {', '.join(lacking)}")
-        return {match[1]: tuple(siblings)}
-    paths = sorted(path for path in image.iterdir() if path.name.endswith(SUFFIXES) and not path.name.startswith("."))
-    if not paths:
-        raise InputError(f"{image} holds no image ({' or '.join(SUFFIXES)})")
-    if len(channel_names) == 1:
-        return _one_file_each(image, paths)
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        match = re.fullmatch(r"(.+)_\d{4}", _stem(path))
-        if match is None:
-            raise InputError(f"{path}: this model takes {_channels(channel_names)}, so the name must be CASE_0000.nii.gz and so on")
-        found.setdefault(match[1], []).append(path)
-    for case_id, files in found.items():
-        if [_stem(path) for path in files] != [f"{case_id}_{index:04d}" for index in range(len(channel_names))]:
-            raise InputError(
-                f"{image}: case {case_id!r} has the files {[path.name for path in files]}, but the model takes {_channels(channel_names)}; "
-                "one file per channel is needed, numbered from 0000"
-            )
-    return {case_id: tuple(files) for case_id, files in found.items()}
-
-
-def _one_file_each(folder: Path, paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
-    cases: dict[str, tuple[Path, ...]] = {}
-    stems = {_stem(path) for path in paths}
-    for path in paths:
-        case_id = _case_id(path)
-        if case_id in cases:
-            raise InputError(f"{folder}: {cases[case_id][0].name} and {path.name} are the same case {case_id!r}; keep one")
-        if f"{case_id}_0000" in stems and f"{case_id}_0001" in stems:
-            raise InputError(
-                f"{folder}: case {case_id!r} has several channels, but the model takes one; keep the right one, or rename the cases"
-            )
-        cases[case_id] = (path,)
-    return cases
-
-
-def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_zyx: str | None) -> tuple[Case, tuple[str, ...]]:
-    """The case as a model wants it: channels stacked, axes turned to those of its training cases (`axes_zyx`, or what
-    `recipe.reorient` turns every case to); and notes."""
-    keep = recipe.compatibility == "nnunet"
-    notes: list[str] = []
-    first, grid = read_image(files[0], keep_file_order=keep)
-    volumes = [first]
-    for path in files[1:]:
-        volume, other = read_image(path, keep_file_order=keep)
-        if other.shape_zyx != grid.shape_zyx or not np.allclose(other.spacing_zyx_mm, grid.spacing_zyx_mm, rtol=1e-4):
-            raise InputError(
-                f"{files[0]} and {path.name} differ: shape {grid.shape_zyx} and {other.shape_zyx}, spacing {grid.spacing_zyx_mm} and "
-                f"{other.spacing_zyx_mm} mm (z, y, x); all channels of a case must lie on the same voxels"
-            )
-        if not other.same_place(grid):
-            if not keep:
-                raise InputError(f"{files[0]} and {path.name} lie in different places of the world; resample one onto the other's grid")
-            # as in nnU-Net, which compares shape and spacing alone
-            notes.append(f"{path.name} lies elsewhere than {files[0].name}; the voxels were taken as they lie")
-        volumes.append(volume)
-    if not keep and recipe.reorient:
-        volumes, grid = reorient(volumes, grid, files[0])
-    elif not keep and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
-        # the network has only seen heads that lie the way its cohort did; the grid remembers how to write the mask back
-        volumes, grid = reorient(volumes, grid, files[0])
-        if grid.axis_codes_zyx != axes_zyx:
-            raise InputError(
-                f"{files[0]}: its axes (z, y, x) can be turned to {grid.axis_codes_zyx}, but the model was trained on {axes_zyx}; "
-                "store the image in the model's orientation"
-            )
-    return Case(case_id, np.stack(volumes), None, grid), tuple(notes)
 
 
 def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Path, probabilities: bool = False) -> Predicted:
@@ -350,20 +271,3 @@ def write_mask(target: Path, labels_zyx: NDArray[np.int16], grid: Grid, notes: t
 def _real(path: Path) -> str:
     # `Path.resolve` does not take links that go in a circle
     return os.path.realpath(path)
-
-
-def _channels(channel_names: Sequence[str]) -> str:
-    return f"{len(channel_names)} channel{'s' if channel_names[1:] else ''} ({', '.join(channel_names)})"
-
-
-def _suffix(image: Path) -> str:
-    return next((suffix for suffix in SUFFIXES if image.name.endswith(suffix)), SUFFIXES[0])
-
-
-def _stem(image: Path) -> str:
-    return image.name.removesuffix(_suffix(image))
-
-
-def _case_id(image: Path) -> str:
-    """`case_0000.nii.gz` -> `case`: nnU-Net's images carry a channel number, its masks do not."""
-    return _stem(image).removesuffix("_0000")

@@ -27,7 +27,8 @@ from ichbench.cases.files import check_writable, write_atomically
 from ichbench.cases.images import write_image
 from ichbench.cases.labels import declared
 from ichbench.errors import InputError
-from ichbench.inference.model import ModelFolder, find_images, read_case, read_model
+from ichbench.inference.images import find_images, read_case
+from ichbench.inference.model import ModelFolder, read_model
 from ichbench.network.nnunet_weights import weights_to_nnunet
 from ichbench.network.unet import make_unet
 from ichbench.network.weights import load_weights, manifest_path
