@@ -34,10 +34,9 @@ def empty(shape: Sequence[int], device: torch.device) -> Tensor:
 
 def no_labels(shape: Sequence[int], device: torch.device) -> Tensor:
     """Int16 zeros; on a CPU from numpy, too."""
-    kind = torch.int16
-    return (
-        torch.from_numpy(np.zeros(tuple(shape), np.int16)) if device.type == "cpu" else torch.zeros(tuple(shape), dtype=kind, device=device)
-    )
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(tuple(shape), np.int16))
+    return torch.zeros(tuple(shape), dtype=torch.int16, device=device)
 
 
 def fill_sample(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ichbench.augmentation.boxes import Box, Ints, bounding_box, common_box, ints, slices
 from ichbench.augmentation.draw import AugmentDraw
-from ichbench.augmentation.straight import at_places, interpolate, on_cpu
+from ichbench.augmentation.straight import at_places, mix, on_cpu
 
 #: fills an array (..., z, y, x) with what lies from a first voxel (z, y, x) on
 Cut = Callable[[NDArray[Any], Ints], None]
@@ -116,7 +116,7 @@ def turn_image(cut: Cut, box: Box, where: Reading, in_plane: bool, out: Tensor) 
         source = np.empty((len(out), *box[1]), np.float32)
         cut(source, box[0])
         steps = [at_places(near.matrix[k, k] * np.arange(out.shape[k + 1]) + near.shift[k], box[1][k]) for k in range(3)]
-        interpolate(torch.from_numpy(source).to(out.device), steps, out)
+        mix(torch.from_numpy(source).to(out.device), steps, out)
         return
     if not (in_plane and on_cpu(out)):
         source = np.empty((len(out), *box[1]), np.float32)
@@ -210,7 +210,7 @@ def _either(labels: NDArray[np.int16], present: Sequence[int], where: Reading, s
         np.copyto(target, upper, where=won)
         if np.count_nonzero(reached) > np.count_nonzero(won):
             tied = np.argwhere(reached & ~won)
-            places = (tied + (planes.start, 0, 0)) @ where.matrix.T + where.shift
+            places = (tied + np.array([planes.start, 0, 0])) @ where.matrix.T + where.shift
             nearest = np.clip(np.rint(places).astype(np.int64), 0, np.array(labels.shape) - 1)
             target[tuple(tied.T)] = labels[tuple(nearest.T)]
 
