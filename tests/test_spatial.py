@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ichbench.augmentation.augment import fill_sample
 from ichbench.augmentation.draw import AugmentDraw, CascadeDraw, acts_in_plane, draw_augmentation, enlarged_zyx
 from ichbench.augmentation.patches import PatchDraw, TrainingCase, patch_zyx, sample_generator
-from ichbench.augmentation.spatial import matrix
+from ichbench.augmentation.spatial import HALF_DOWN, HALF_UP, SCORE, matrix
 from ichbench.recipe import AugmentRecipe
 
 torch.set_num_threads(1)
@@ -213,6 +213,30 @@ def test_ties_go_to_the_nearest_voxel(below: int, above: int) -> None:
     labels[:, 0, :] = 7
     got = made(case_of(np.zeros((1, 1, 8, 8)), labels), AugmentDraw(scale=2.0, in_plane=True), (0, 2, 2), (1, 4, 4))[1]
     np.testing.assert_array_equal(got[0, 1:], [[below, below, above, above]] * 3)
+
+
+def test_what_half_precision_calls_a_tie() -> None:
+    """Between two labels: every float32 about the two limits is on the side on which half precision puts it."""
+    for limit in (HALF_DOWN, HALF_UP):
+        near = torch.tensor(limit) + torch.arange(-2000, 2001) * 2**-15
+        near = torch.cat([near, torch.nextafter(torch.tensor([limit, limit]), torch.tensor([0.0, SCORE]))])
+        assert torch.equal(near.half().float() > SCORE / 2, near > HALF_UP)
+        assert torch.equal(near.half().float() == SCORE / 2, (near >= HALF_DOWN) & (near <= HALF_UP))
+
+
+@pytest.mark.parametrize("way", [True, False])
+@pytest.mark.parametrize(("below", "above"), [(0, 1), (3, 1), (-1, 2)])
+def test_ties_in_any_slice(way: bool, below: int, above: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every place is the middle of eight voxels; four of each label tie, and the voxel with even numbers decides. One slice at a time."""
+    monkeypatch.setattr("ichbench.augmentation.spatial.IN_CACHE", 1)
+    monkeypatch.setattr("ichbench.augmentation.spatial.on_cpu", lambda tensor: way)
+    labels = np.where(np.random.default_rng(3).random((16, 16, 16)) < 0.5, below, above).astype(np.int16)
+    got = made(case_of(np.zeros((1, 16, 16, 16)), labels), AugmentDraw(scale=2.0), (4, 4, 4), (8, 8, 8))[1]
+    number = (labels == above).reshape(8, 2, 8, 2, 8, 2).sum(axis=(1, 3, 5))
+    even = labels[*np.ix_(*[2 * np.round((np.arange(8) * 2 + 0.5) / 2).astype(int)] * 3)]
+    expected = np.where(number == 4, even, np.where(number > 4, above, below))
+    assert (number == 4).mean() > 0.2
+    np.testing.assert_array_equal(got, np.maximum(expected, 0))
 
 
 def test_three_labels_meet() -> None:

@@ -32,6 +32,13 @@ def empty(shape: Sequence[int], device: torch.device) -> Tensor:
     return torch.from_numpy(np.empty(tuple(shape), np.float32)) if device.type == "cpu" else torch.empty(tuple(shape), device=device)
 
 
+def no_labels(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Int16 zeros; on a CPU from numpy, too."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(tuple(shape), np.int16))
+    return torch.zeros(tuple(shape), dtype=torch.int16, device=device)
+
+
 def fill_sample(
     case: TrainingCase,
     patch: PatchDraw,

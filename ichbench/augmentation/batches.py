@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ichbench.augmentation.augment import empty, fill_sample
+from ichbench.augmentation.augment import empty, fill_sample, no_labels
 from ichbench.augmentation.draw import AugmentDraw, CascadeDraw, draw_augmentation, draw_cascade, enlarged_zyx
 from ichbench.augmentation.patches import PatchDraw, TrainingCase, draw_patch, is_forced, patch_zyx, sample_generator
 from ichbench.errors import InputError
@@ -109,7 +109,7 @@ def make_batch(
     size = patch_zyx(sampling.patch_size)
     channels = cases[0].image_czyx.shape[0] + sampling.previous_labels
     image = empty((len(drawn), channels, *size), device)
-    labels = torch.zeros((len(drawn), *size), dtype=torch.int16, device=device)
+    labels = no_labels((len(drawn), *size), device)
     largest = sampling.augment.remove_component_share if sampling.augment is not None else 0.0
     for one, out, target in zip(drawn, image, labels, strict=True):
         case = cases[one.patch.case]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ichbench.augmentation.draw import AugmentDraw
-from ichbench.augmentation.straight import LinearStep, interpolate, on_cpu
+from ichbench.augmentation.straight import Mix, between, mix, on_cpu
 
 #: below this a range or a spread counts as this, as in nnU-Net
 TINY = 1e-7
@@ -72,19 +71,7 @@ def gaussian_kernel(sigma: float) -> NDArray[np.float64]:
 
 def blur(volume_zyx: Tensor, sigma_zyx: Sequence[float]) -> None:
     """Gaussian blur along each axis, reflecting at the borders (without repeating the outermost voxel)."""
-    depth, height, width = volume_zyx.shape
-    along_z, along_y, along_x = (_mixing(*pair, volume_zyx.device) for pair in zip(sigma_zyx, volume_zyx.shape, strict=True))
-    source = volume_zyx
-    if len(along_z.weights) > 1:
-        source = torch.from_numpy(np.empty(volume_zyx.shape, np.float32)) if on_cpu(volume_zyx) else torch.empty_like(volume_zyx)
-        # strips of all slices, for the cache
-        rows = max(1, 4 * IN_CACHE // (depth * width)) if on_cpu(volume_zyx) else height
-        for first in range(0, height, rows):
-            _blur(volume_zyx[:, first : first + rows].flatten(1), along_z, source[:, first : first + rows].flatten(1))
-    for old, new in zip(_slices(source), _slices(volume_zyx), strict=True):
-        between = torch.empty_like(old)
-        _blur(old, along_y, between)
-        _blur(between.mT, along_x, new.mT)
+    mix(volume_zyx[None], [_blurring(*pair) for pair in zip(sigma_zyx, volume_zyx.shape, strict=True)], volume_zyx[None])
 
 
 def change_contrast(volume: Tensor, factor: float) -> None:
@@ -109,8 +96,8 @@ def lower_resolution(volume_zyx: Tensor, share: float, in_plane: bool, mirror_zy
         # where a voxel lies among the kept ones, half a voxel being the outer border of both
         place = np.maximum((np.arange(length) + 0.5) * number / length - 0.5, 0)
         below = np.floor(place).astype(np.int64)
-        steps.append(LinearStep(kept[below], kept[np.minimum(below + 1, number - 1)], place - below))
-    interpolate(volume_zyx[None], steps, volume_zyx[None])
+        steps.append(between(kept[below], kept[np.minimum(below + 1, number - 1)], place - below))
+    mix(volume_zyx[None], steps, volume_zyx[None])
 
 
 def change_gamma(volume: Tensor, exponent: float, inverted: bool) -> None:
@@ -153,50 +140,12 @@ def _scale(block: Tensor, factor: float | Tensor, move: Tensor) -> Tensor:
     return torch.add(move, block, alpha=factor, out=block)
 
 
-@dataclass(frozen=True, eq=False)
-class _Mixing:
-    """A blur along one axis: the kernel from its middle on, and how the first and last of the axis' voxels (all, where it
-    is short) follow from the 2 (len(weights) - 1) outermost, matrices of new by old."""
-
-    weights: tuple[float, ...]
-    first: Tensor
-    last: Tensor
-
-
-def _mixing(sigma: float, length: int, device: torch.device) -> _Mixing:
+def _blurring(sigma: float, length: int) -> Mix:
+    """A blur along an axis of `length` voxels, reflected about its outermost ones for ever."""
     kernel = gaussian_kernel(sigma) if length > 1 else np.ones(1)
-    half = len(kernel) // 2
-    matrix = np.zeros((length, length) if length <= 2 * half else (half, 2 * half), np.float32)
-    for i, row in enumerate(matrix):
-        for j, weight in enumerate(kernel):
-            row[_reflected(i + j - half, length)] += weight
-    first = torch.from_numpy(matrix).to(device)
-    return _Mixing(tuple(kernel[half:].tolist()), first, first.flip((0, 1)))
-
-
-def _blur(old: Tensor, along: _Mixing, out: Tensor) -> None:
-    """Fill `out` (..., n, m) with `old` blurred along its second last axis."""
-    half, length = len(along.weights) - 1, old.shape[-2]
-    if length <= 2 * half:
-        out.copy_(along.first @ old)
-        return
-    inner = length - 2 * half
-    middle = out.narrow(-2, half, inner)
-    torch.mul(old.narrow(-2, half, inner), along.weights[0], out=middle)
-    for j in range(1, half + 1):
-        middle.add_(old.narrow(-2, half - j, inner), alpha=along.weights[j])
-        middle.add_(old.narrow(-2, half + j, inner), alpha=along.weights[j])
-    if half:
-        out.narrow(-2, 0, half).copy_(along.first @ old.narrow(-2, 0, 2 * half))
-        out.narrow(-2, half + inner, half).copy_(along.last @ old.narrow(-2, length - 2 * half, 2 * half))
-
-
-def _reflected(index: int, length: int) -> int:
-    """The voxel that stands at `index` of a row reflected about its outermost voxels for ever."""
-    if length == 1:
-        return 0
-    index %= 2 * (length - 1)
-    return min(index, 2 * (length - 1) - index)
+    period = max(1, 2 * (length - 1))
+    index = (np.arange(length)[:, None] + np.arange(len(kernel)) - len(kernel) // 2) % period
+    return Mix(np.minimum(index, period - index), np.broadcast_to(kernel, index.shape))
 
 
 def _nearest_odd(value: float) -> int:
@@ -216,10 +165,6 @@ def _blocks(volume: Tensor, voxels: int = IN_CACHE) -> Sequence[Tensor]:
     """Views of whole rows that make up a contiguous tensor."""
     rows = volume.flatten(0, -2)
     return torch.split(rows, max(1, voxels // rows.shape[1])) if on_cpu(volume) else [rows]
-
-
-def _slices(volume_zyx: Tensor) -> Sequence[Tensor]:
-    return volume_zyx.unbind() if on_cpu(volume_zyx) else [volume_zyx]
 
 
 def _sums(block: Tensor) -> tuple[Tensor, Tensor]:

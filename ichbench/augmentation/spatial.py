@@ -21,13 +21,15 @@ from torch import Tensor
 
 from ichbench.augmentation.boxes import Box, Ints, bounding_box, common_box, ints, slices
 from ichbench.augmentation.draw import AugmentDraw
-from ichbench.augmentation.straight import at_places, interpolate, on_cpu
+from ichbench.augmentation.straight import at_places, mix, on_cpu
 
 #: fills an array (..., z, y, x) with what lies from a first voxel (z, y, x) on
 Cut = Callable[[NDArray[Any], Ints], None]
 
 #: indicators are interpolated as 0 and 1000 and rounded to half precision: scores closer than about 1/4000 tie, as in nnU-Net
 SCORE = 1000.0
+#: what half precision rounds to 500: these and all between
+HALF_DOWN, HALF_UP = 499.875, 500.125
 WHOLE = (0, 0, 0)
 
 Places = Sequence[int] | NDArray[np.integer]
@@ -114,7 +116,7 @@ def turn_image(cut: Cut, box: Box, where: Reading, in_plane: bool, out: Tensor) 
         source = np.empty((len(out), *box[1]), np.float32)
         cut(source, box[0])
         steps = [at_places(near.matrix[k, k] * np.arange(out.shape[k + 1]) + near.shift[k], box[1][k]) for k in range(3)]
-        interpolate(torch.from_numpy(source).to(out.device), steps, out)
+        mix(torch.from_numpy(source).to(out.device), steps, out)
         return
     if not (in_plane and on_cpu(out)):
         source = np.empty((len(out), *box[1]), np.float32)
@@ -168,20 +170,10 @@ def _winners(labels: NDArray[np.int16], where: Reading, size: Ints, in_plane: bo
     if len(present) == 1:
         out.fill_(present[0])
         return
-    source = torch.from_numpy(labels).to(out.device)
     if len(present) == 2:
-        # the scores of two labels sum to 1000, so that one of them says all
-        lower, upper = source.new_tensor(present)
-        for planes, values in _planes(source[None], where, size, in_plane, "bilinear", present[1]):
-            score = values[0].half().float()
-            won = torch.where(score > SCORE / 2, upper, lower)
-            tied = score == SCORE / 2
-            if not on_cpu(out) or bool(tied.any()):
-                count = planes.stop - planes.start
-                nearest = _all_planes(source, where.moved((planes.start, 0, 0), WHOLE), (count, *size[1:]), in_plane)
-                won = torch.where(tied, nearest, won)
-            out[planes] = won
+        (_either if on_cpu(out) else _either_at_once)(labels, present, where, size, in_plane, out)
         return
+    source = torch.from_numpy(labels).to(out.device)
     # the score of one label is what the others leave; 0 is nearly everywhere
     rest = 0 if 0 in present else present[0]
     nearest = _all_planes(source, where, size, in_plane)
@@ -205,6 +197,32 @@ def _winners(labels: NDArray[np.int16], where: Reading, size: Ints, in_plane: bo
     winner = torch.where((left > best) | ((left == best) & (winner > rest)), rest, winner)
     own = torch.where(nearest == rest, left, own)
     out.copy_(torch.where(own == torch.maximum(best, left), nearest, winner))
+
+
+def _either(labels: NDArray[np.int16], present: Sequence[int], where: Reading, size: Ints, in_plane: bool, out: Tensor) -> None:
+    """Of two labels that with the higher score. The scores sum to 1000, so that one of them says all. Comparing is numpy's
+    work, which does so ten times faster than torch."""
+    lower, upper = present
+    for planes, values in _planes(torch.from_numpy(labels)[None], where, size, in_plane, "bilinear", upper):
+        score, target = values[0].numpy(), out[planes].numpy()
+        won, reached = score > HALF_UP, score >= HALF_DOWN
+        target[...] = lower
+        np.copyto(target, upper, where=won)
+        if np.count_nonzero(reached) > np.count_nonzero(won):
+            tied = np.argwhere(reached & ~won)
+            places = (tied + np.array([planes.start, 0, 0])) @ where.matrix.T + where.shift
+            nearest = np.clip(np.rint(places).astype(np.int64), 0, np.array(labels.shape) - 1)
+            target[tuple(tied.T)] = labels[tuple(nearest.T)]
+
+
+def _either_at_once(labels: NDArray[np.int16], present: Sequence[int], where: Reading, size: Ints, in_plane: bool, out: Tensor) -> None:
+    """The same on another device, of which no number is asked."""
+    source = torch.from_numpy(labels).to(out.device)
+    lower, upper = source.new_tensor(present)
+    ((_, values),) = _planes(source[None], where, size, in_plane, "bilinear", present[1])
+    won = torch.where(values[0] > HALF_UP, upper, lower)
+    tied = (values[0] >= HALF_DOWN) & (values[0] <= HALF_UP)
+    out.copy_(torch.where(tied, _all_planes(source, where, size, in_plane), won))
 
 
 def _all_planes(source: Tensor, where: Reading, size: Ints, in_plane: bool) -> Tensor:
@@ -238,7 +256,12 @@ def _planes(
 
 
 def _as_values(source: Tensor, label: int | None) -> Tensor:
-    return source.float() if label is None else (source == label) * SCORE
+    if label is None:
+        return source.float()
+    if on_cpu(source):
+        # numpy compares ten times faster
+        return torch.from_numpy(np.equal(source.numpy(), label).astype(np.float32)).mul_(SCORE)
+    return (source == label) * SCORE
 
 
 def _grid(
