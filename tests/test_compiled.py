@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 FLAT = isotropic(2, (4, 8))
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="this machine has no C++ compiler")
+HEADERS = Path(sysconfig.get_path("include")) / "Python.h"
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))) or not HEADERS.is_file(), reason="no C++ compiler, or no headers of Python"
+)
 
 
 def predicted(network: UNet, image: np.ndarray, plan: Plan, patch: tuple[int, ...], **fields: Any) -> Tensor:
