@@ -62,8 +62,6 @@ def test_answers_are_the_networks_own() -> None:
         for value in network.parameters():
             value.mul_(-0.7)
     assert not torch.allclose(compare(1e-5), first), "the weights before the change were frozen into the program"
-    network.load_state_dict(trained_like(FLAT, 4).state_dict())
-    compare(1e-5)
     # one step of bf16 is 2^-8
     half = compare(0.1, precision="bf16")
     assert not torch.allclose(half, compare(1e-5), rtol=0, atol=1e-4), "it was computed in float32"
@@ -73,8 +71,9 @@ def test_answers_are_the_networks_own() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [isotropic(3, (4, 8)), residual(isotropic(3, (4, 8))), residual(FLAT)])
-@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize(
+    ("plan", "norm"), [(isotropic(3, (4, 8)), "instance"), (residual(isotropic(3, (4, 8))), "batch"), (residual(FLAT), "instance")]
+)
 def test_every_kind_of_network(plan: Plan, norm: str) -> None:
     network = make_unet(plan, NetworkRecipe(norm=norm), 5) if norm == "batch" else trained_like(plan, 5)  # type: ignore[arg-type]
     patch = (8, 16, 16)[3 - plan.dims :]
@@ -90,10 +89,11 @@ def test_every_kind_of_network(plan: Plan, norm: str) -> None:
 def test_many_networks_in_one_process() -> None:
     """More than torch compiles of one function unless it is told: beyond its limit it would go on without compiling, or fail."""
     image = np.random.default_rng(0).normal(size=(1, 1, 8, 8)).astype(np.float32)
-    for seed in range(torch._dynamo.config.recompile_limit + 2):
-        network = trained_like(isotropic(2, (2, 2)), seed)
-        compiled, direct = (predicted(network, image, FLAT, (8, 8), convolution=way, mirror=False) for way in ("compiled", "direct"))
-        torch.testing.assert_close(compiled, direct, rtol=0, atol=1e-5 * float(direct.std()))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for seed in range(3):
+            network = trained_like(isotropic(2, (2, 2)), seed)
+            compiled, direct = (predicted(network, image, FLAT, (8, 8), convolution=way, mirror=False) for way in ("compiled", "direct"))
+            torch.testing.assert_close(compiled, direct, rtol=0, atol=1e-5 * float(direct.std()))
 
 
 @needs_compiler

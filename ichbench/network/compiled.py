@@ -51,8 +51,8 @@ class Compiled(nn.Module):
             )
         self.setting, self.batch_grows, self.insist = setting, batch_grows, insist
         self.network = network
-        self.run = cast(Any, torch.compile(network, fullgraph=True, dynamic=False, options={"freezing": freeze}))
-        self.batch = 0
+        self.run = cast(Any, torch.compile(network, fullgraph=True, dynamic=False))
+        self.freeze, self.batch = freeze, 0
 
     def forward(self, x: Tensor) -> Any:
         """Logits, or those of all levels, as `UNet`; a batch that was filled up is cut again."""
@@ -65,8 +65,9 @@ class Compiled(nn.Module):
 
     def _answer(self, x: Tensor) -> Any:
         try:
-            # beyond the limit torch would stop compiling
-            with torch._dynamo.config.patch(recompile_limit=PROGRAMS, accumulated_recompile_limit=PROGRAMS):
+            # beyond the limit torch would stop compiling; an option of `torch.compile` alone does not freeze
+            many = torch._dynamo.config.patch(recompile_limit=PROGRAMS, accumulated_recompile_limit=PROGRAMS)
+            with many, torch._inductor.config.patch(freezing=self.freeze):
                 return self.run(x)
         except torch._dynamo.exc.TorchDynamoException as error:
             # the first line may only name the part of torch that failed
@@ -89,14 +90,10 @@ def compiled_network(network: UNet) -> Compiled:
     weights = tuple((value.data_ptr(), value._version) for value in (*network.parameters(), *network.buffers()))
     known, program = _predicting.get(network, (None, None))
     if program is None or known != weights:
-        # a program that kept `network` itself would keep it for ever
-        twin = _twin(network)
+        # a copy: frozen weights are known by their tensors alone, so torch would take changed ones in the same tensors for the old
+        # ones; and a program that kept `network` itself would keep it for ever
+        twin = copy.deepcopy(network)
         on_cpu = next(network.parameters()).device.type == "cpu"
         program = Compiled(twin, "inference.convolution = 'compiled'", freeze=on_cpu, batch_grows=True).eval()
         _predicting[network] = weights, program
     return program
-
-
-def _twin(network: UNet) -> UNet:
-    """The same network of the same tensors."""
-    return copy.deepcopy(network, {id(value): value for value in (*network.parameters(), *network.buffers())})
