@@ -56,8 +56,15 @@ def test_answers_are_the_networks_own() -> None:
         return compiled
 
     first = compare(1e-5)
-    with torch.inference_mode():
-        assert compiled_network(network) is compiled_network(network), "a second image would be compiled for again"
+    program = compiled_network(network)
+    assert compiled_network(network) is program, "a second image would be compiled for again"
+    with torch.no_grad():
+        x = torch.from_numpy(image).movedim(0, 1)[:8, :, :, :16].contiguous()
+        answer = program(x)
+        assert program(x[:3]).shape == answer[:3].shape
+        for value in program.network.parameters():
+            value.zero_()
+        assert torch.equal(program(x), answer), "the program reads its weights anew each time"
     with torch.no_grad():
         for value in network.parameters():
             value.mul_(-0.7)
