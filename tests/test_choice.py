@@ -142,6 +142,16 @@ def test_a_folder_of_models_can_be_moved_with_its_choice(
         monkeypatch.chdir(tmp_path if number else tmp_path / "images")
         run("predict", tmp_path / path, images, "--out", tmp_path / f"out{number}", "--device", "cpu")
         assert masks(tmp_path / f"out{number}") == masks(tmp_path / "truth")
+    # relative to the file itself, not to a link to it
+    (tmp_path / "link.json").symlink_to("moved/results/choice.json")
+    run("predict", tmp_path / "link.json", images, "--out", tmp_path / "linked", "--device", "cpu")
+    assert masks(tmp_path / "linked") == masks(tmp_path / "truth")
+
+
+def test_a_folder_named_by_a_dot_lies_in_its_model(choice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path / "models/m1/predictions")
+    run("select", tmp_path / "truth", "m1=.", f"m2={tmp_path / 'models/m2/predictions'}", "--no-pairs", "--out", tmp_path / "dot.json")
+    assert Path(json.loads((tmp_path / "dot.json").read_text())["models"]["m1"]) == tmp_path / "models/m1"
 
 
 def test_files_are_kept_and_cases_fail_as_with_one_model(choice: Path, images: Path, tmp_path: Path) -> None:

@@ -135,9 +135,10 @@ def test_training(plan: Plan, tmp_path: Path) -> None:
             torch.testing.assert_close(made[name], value, rtol=0, atol=5e-3)
 
 
-def test_a_training_goes_on_where_torch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch._dynamo.exc.TorchDynamoException, OSError])
+def test_a_training_goes_on_where_torch_fails(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*given: Any, **named: Any) -> Any:
-        raise torch._dynamo.exc.TorchDynamoException("no such operation")
+        raise error("no such operation")
 
     network, x = trained_like(FLAT, 0), torch.randn(2, 1, 16, 16)
     monkeypatch.setattr(torch, "compile", lambda *given, **named: refuse)

@@ -162,15 +162,17 @@ def test_what_cannot_be_paired(tmp_path: Path) -> None:
 
 
 def test_masks_of_a_cohort_csv_given_alone(tmp_path: Path) -> None:
-    """Its cohort.json holds for the folders that the table names, one or two levels below it, and for no other."""
+    """Its cohort.json holds for the folders that the table names, however deep below it, and for no other."""
     other = touch(tmp_path / "p", "1.nii.gz")
-    near, far, stray = (touch(tmp_path / "set" / name, "1.nii.gz") for name in ("masks", "site/masks", "drafts"))
+    near, far, deep, stray = (touch(tmp_path / "set" / name, "1.nii.gz") for name in ("masks", "site/masks", "a/b/c/masks", "drafts"))
     table, declared = tmp_path / "set/cohort.csv", tmp_path / "set/cohort.json"
     # images need not be there to score masks
-    table.write_text("id,image,mask\n1,gone.nii.gz,masks/1.nii.gz\n2,gone.nii.gz,site/masks/1.nii.gz\n3,gone.nii.gz,\n")
+    table.write_text(
+        "id,image,mask\n1,gone.nii.gz,masks/1.nii.gz\n2,gone.nii.gz,site/masks/1.nii.gz\n3,gone.nii.gz,\n4,gone.nii.gz,a/b/c/masks/1.nii.gz\n"
+    )
     assert find_pairs(near, other).labels is None
     declared.write_text('{"labels": {"background": 0, "whole": [1, 2], "ignore": 3}, "regions_class_order": [1], "label_map": {"5": 2}}')
-    for folder in (near, far):
+    for folder in (near, far, deep):
         found = find_pairs(folder, other)
         assert (found.labels, found.label_map) == ({"background": 0, "whole": (1, 2), "ignore": 3}, {5: 2})
         assert declares_labels(folder)
@@ -179,7 +181,7 @@ def test_masks_of_a_cohort_csv_given_alone(tmp_path: Path) -> None:
     assert not declares_labels(stray)
     # what is given goes first, also past a table that cannot be read
     table.write_text('id,mask\n1,"masks')
-    with pytest.raises(InputError, match=r"cohort\.csv: cannot be read"):
+    with pytest.raises(InputError, match=r"cohort\.csv: cannot be read.*; without it .*: --dataset-json FILE may say so"):
         find_pairs(near, other)
     assert find_pairs(near, other, declare(tmp_path / "own", CLOT)).labels == {"background": 0, "clot": 1}
 

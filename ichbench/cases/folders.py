@@ -91,7 +91,10 @@ def read_declaration(path: Path) -> tuple[LabelRules, dict[int, int] | None]:
 
 def mask_folders(table: Path) -> set[Path]:
     """The folders (resolved) in which a `cohort.csv` says that masks lie; nothing but the table is read."""
-    rows = _read_table(table, required=())
+    try:
+        rows = _read_table(table, required=())
+    except InputError as error:
+        raise InputError(f"{error}; without it nobody knows what masks below {table.parent} mean: --dataset-json FILE may say so") from None
     return {(table.parent / row["mask"]).parent.resolve() for row in rows if row.get("mask")}
 
 

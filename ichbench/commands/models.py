@@ -204,8 +204,9 @@ def _model_folders(masks: Mapping[str, Path], given: Sequence[str]) -> dict[str,
             raise InputError(
                 f"--model {name}={folder} is not a model folder (it holds no model.json); give the one that ichbench predict takes"
             )
-    beside = {name: folder.parent for name, folder in masks.items() if (folder.parent / "model.json").is_file()}
-    return beside | named
+    # "." and ".." do not name the folder that they lie in
+    above = {name: folder.parent if folder.name.strip(".") else folder.resolve().parent for name, folder in masks.items()}
+    return {name: folder for name, folder in above.items() if (folder / "model.json").is_file()} | named
 
 
 def _check_compatibility(compatibility: str) -> None:

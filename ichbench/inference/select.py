@@ -78,7 +78,7 @@ def read_selection(path: Path) -> Selection:
             raise ValueError(f"members {members!r} are none of those that were tried")
         if not 1 <= len(set(members)) == len(members) <= 2 or not all(isinstance(name, str) for name in members):
             raise ValueError(f"members {members!r} are not one or two names")
-        models = {name: path.parent / folder for name, folder in table.get("models", {}).items()}
+        models = {name: path.resolve().parent / folder for name, folder in table.get("models", {}).items()}
         return Selection(tuple(members), scores, None if rule is None else parse_postprocessing(rule, path), models)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path} is not a selection of `ichbench select` ({error})") from None

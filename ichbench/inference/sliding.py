@@ -23,7 +23,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
-from ichbench.network.compiled import compiled_network
+from ichbench.network.compiled import Compiled, compiled_network
 from ichbench.network.fast import fast_network
 from ichbench.network.unet import UNet
 from ichbench.recipe import InferenceRecipe, check_precision
@@ -179,7 +179,7 @@ def _tiled(
     total = torch.zeros(())
     weights = torch.zeros(images.shape[2:], device=images.device)
     samples = len(images)
-    at_once = 2 if samples * math.prod(patch_size) <= PAIR_VOXELS else 1
+    at_once = 2 if samples * math.prod(patch_size) <= PAIR_VOXELS and not isinstance(network, Compiled) else 1
     for first in range(0, len(tiles), at_once):
         some = tiles[first : first + at_once]
         answers = _forward(network, torch.cat([images[tile] for tile in some]), flips)
@@ -220,8 +220,9 @@ def _mirrored(network: Network, x: Tensor, flips: Sequence[tuple[int, ...]]) -> 
 
 def _forward(network: Network, x: Tensor, flips: Sequence[tuple[int, ...]]) -> Tensor:
     """The mean over mirrorings, summed in float32."""
-    # torch hands a lone small volume to a plain loop that takes ten times as long as oneDNN, which it uses from two on
-    lone = x.shape[0] == 1 and x.ndim == 5 and x.device.type == "cpu" and x.numel() < SMALL_ELEMENTS
+    # torch hands a lone small volume to a plain loop that takes ten times as long as oneDNN, which it uses from two on, and a
+    # compiled program always
+    lone = x.shape[0] == 1 and x.ndim == 5 and x.device.type == "cpu" and x.numel() < SMALL_ELEMENTS and not isinstance(network, Compiled)
     at_once = 2 if lone else 1
     total: Tensor | None = None
     for first in range(0, len(flips), at_once):

@@ -11,7 +11,7 @@ import copy
 import os
 import shutil
 import warnings
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,7 +51,7 @@ class Compiled(nn.Module):
             )
         self.setting, self.batch_grows, self.insist = setting, batch_grows, insist
         self.network = network
-        self.run = cast(Any, torch.compile(network, fullgraph=True, dynamic=False))
+        self.run: Any = None
         self.freeze, self.batch = freeze, 0
 
     def forward(self, x: Tensor) -> Any:
@@ -68,8 +68,10 @@ class Compiled(nn.Module):
             # beyond the limit torch would stop compiling; an option of `torch.compile` alone does not freeze
             many = torch._dynamo.config.patch(recompile_limit=PROGRAMS, accumulated_recompile_limit=PROGRAMS)
             with many, torch._inductor.config.patch(freezing=self.freeze):
+                if self.run is None:
+                    self.run = torch.compile(self.network, fullgraph=True, dynamic=False)
                 return self.run(x)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
             # the first line may only name the part of torch that failed
             lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
             said = f"{self.setting}: torch could not compile the network ({(lines or [type(error).__name__])[0]})"
@@ -86,7 +88,7 @@ _predicting: WeakKeyDictionary[UNet, tuple[object, Compiled]] = WeakKeyDictionar
 
 def compiled_network(network: UNet) -> Compiled:
     """`network` compiled for prediction; the program is kept with it, so that it is made once for many images.
-    Weights may change between two calls of this function."""
+    Weights may change between two calls of this function, but not by way of `.data` or numpy, which torch does not count."""
     weights = tuple((value.data_ptr(), value._version) for value in (*network.parameters(), *network.buffers()))
     known, program = _predicting.get(network, (None, None))
     if program is None or known != weights:

@@ -174,7 +174,7 @@ def _declaration_of(folder: Path) -> Path | None:
             places = [place / "cohort.json" for place in ((above.parent, above) if above.name in ("train", "train_2") else (above,))]
         if not any(place.is_file() for place in places):
             # or of a cohort.csv, which may name any folder below it; a table that declares nothing says nothing of labels
-            tables = [place / "cohort.csv" for place in (above, above.parent) if (place / "cohort.csv").is_file()]
+            tables = [place / "cohort.csv" for place in (above, *above.parents) if (place / "cohort.csv").is_file()]
             declared = [table for table in tables if table.with_name("cohort.json").is_file()]
             places = [table.with_name("cohort.json") for table in declared if folder.resolve() in mask_folders(table)]
     return next((place for place in places if place.is_file()), None)
