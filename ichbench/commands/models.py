@@ -36,7 +36,7 @@ def predict(
     predict --probabilities, ensemble and postprocess apply do one after another.
 
     --set changes how tiles are predicted, not what was trained: mirror (false is 8 times faster in 3D, and less accurate), tile_step,
-    gaussian, precision (bf16, where the hardware has it), convolution (compiled: for bf16 and GPUs).
+    gaussian, precision (bf16, where the hardware has it), convolution (compiled: for bf16, GPUs and narrow networks).
 
     A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.
     """

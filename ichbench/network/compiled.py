@@ -1,8 +1,9 @@
 """The same U-Net as one program, which torch's compiler writes for one shape of patch.
 
-What it gains are passes over memory between the convolutions, and in half precision the turning of weights and images from one
-precision into the other. Convolutions are torch's own. It is for GPUs, for processors that compute in bf16, and for narrow networks; in fp32 on
-a CPU wide ones gain more from Winograd's convolutions (network/fast.py), and training from the gradients of network/conv.py.
+What it gains are passes over memory between the convolutions, and in half precision the turning of weights and images from
+one precision into the other. Convolutions are torch's own. It is for GPUs, for processors that compute in bf16, and for narrow
+networks; in fp32 on a CPU wide ones gain more from Winograd's convolutions (network/fast.py), and training from the gradients of
+network/conv.py.
 """
 
 from __future__ import annotations
