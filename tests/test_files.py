@@ -92,7 +92,7 @@ def test_every_command_finds_a_link_to_nothing_at_once(
     Postprocessing(((1,),)).save(cohort / "rule.json")
     out.symlink_to("nowhere")
     # nothing is measured, prepared, trained or predicted before
-    for where in ("ichbench.cases.cohort.read_image", "ichbench.cases.images.read_image", "ichbench.inference.model.read_image"):
+    for where in ("ichbench.cases.cohort.read_image", "ichbench.cases.images.read_image", "ichbench.inference.images.read_image"):
         monkeypatch.setattr(where, lambda *_, **__: pytest.fail("an image was read"))
     words = COMMANDS[name].format(cohort=cohort, out=out).split()
     with pytest.raises(InputError, match=r"dangling:? is a link to nowhere, which does not exist; make it, or remove the link"):
