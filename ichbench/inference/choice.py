@@ -17,9 +17,9 @@ from ichbench.errors import InputError
 from ichbench.inference.archives import archive_of, in_file_order, same_heads, write_probabilities
 from ichbench.inference.ensemble import mean_probabilities
 from ichbench.inference.images import find_images, read_case
-from ichbench.inference.model import Model, Predicted, load_model, predict_each, write_mask
+from ichbench.inference.model import Model, Predicted, load_model, predict_each, predict_files, write_mask
 from ichbench.inference.postprocess import Postprocessing
-from ichbench.inference.predictors import predict_unet, predict_with_probabilities
+from ichbench.inference.predictors import predict_with_probabilities
 from ichbench.inference.select import read_selection
 from ichbench.recipe import check_precision
 
@@ -72,7 +72,7 @@ def predict_choice(choice: Choice, image: Path, out: Path, probabilities: bool =
 
     def one(case_id: str, files: Sequence[Path], target: Path) -> Predicted:
         if len(choice.members) == 1:
-            return _one_model(choice, case_id, files, target, probabilities)
+            return predict_files(choice.members[0], case_id, files, target, probabilities, choice.rule)
         return _two_models(choice, case_id, files, target, probabilities)
 
     yield from predict_each(find_images(image, choice.members[0].channel_names), image, out, one, overwrite)
@@ -82,18 +82,6 @@ def _rules(model: Model) -> LabelRules:
     if model.tools.rules is None:
         raise InputError("a model that does not say what its outputs mean cannot be averaged; load it with `load_model`")
     return model.tools.rules
-
-
-def _one_model(choice: Choice, case_id: str, files: Sequence[Path], target: Path, probabilities: bool) -> Predicted:
-    (model,) = choice.members
-    case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
-    if probabilities:
-        prediction, table = predict_with_probabilities(case, model.tools)
-        write_probabilities(archive_of(target), table, case.grid, model.tools.rules)
-    else:
-        prediction = predict_unet(case, model.tools)
-    labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
-    return write_mask(target, choice.rule.apply(labels).astype(np.int16), case.grid, notes + prediction.notes)
 
 
 def _two_models(choice: Choice, case_id: str, files: Sequence[Path], target: Path, probabilities: bool) -> Predicted:

@@ -26,7 +26,7 @@ from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.archives import archive_of, taken_by, write_probabilities
 from ichbench.inference.images import find_images, read_case, suffix_of
-from ichbench.inference.postprocess import read_postprocessing
+from ichbench.inference.postprocess import Postprocessing, read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import UNet, check_topology, make_unet
 from ichbench.network.weights import load_weights
@@ -185,7 +185,7 @@ def predict_path(model: Model, image: Path, out: Path, probabilities: bool = Fal
     check_precision(model.tools.inference, model.tools.device)
 
     def one(case_id: str, files: Sequence[Path], target: Path) -> Predicted:
-        return _predict_files(model, case_id, files, target, probabilities)
+        return predict_files(model, case_id, files, target, probabilities)
 
     yield from predict_each(find_images(image, model.channel_names), image, out, one, overwrite)
 
@@ -247,7 +247,10 @@ def _targets(cases: Mapping[str, tuple[Path, ...]], image: Path, out: Path, over
     return targets
 
 
-def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Path, probabilities: bool = False) -> Predicted:
+def predict_files(
+    model: Model, case_id: str, files: Sequence[Path], target: Path, probabilities: bool = False, rule: Postprocessing | None = None
+) -> Predicted:
+    """The mask of one case, after the model's own post-processing and then `rule`, and its archive, if it is to have one."""
     case, notes = read_case(case_id, files, model.tools.prepare, model.axes_zyx)
     if probabilities:
         prediction, table = predict_with_probabilities(case, model.tools)
@@ -255,6 +258,7 @@ def _predict_files(model: Model, case_id: str, files: Sequence[Path], target: Pa
     else:
         prediction = predict_unet(case, model.tools)
     labels = prediction.labels_zyx if prediction.labels_zyx is not None else np.zeros(case.grid.shape_zyx, dtype=np.int16)
+    labels = labels if rule is None else rule.apply(labels).astype(np.int16)
     return write_mask(target, labels, case.grid, notes + prediction.notes)
 
 
