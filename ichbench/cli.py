@@ -143,8 +143,10 @@ def phantom(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write analytic head CTs with bleeds of known volume."""
+    from ichbench.cases.files import check_writable
     from ichbench.cases.phantom import write_phantom
 
+    check_writable(out, "the folder")
     write_phantom(out, cases, size, seed)
     typer.echo(f"{cases} cases written to {out}; true volumes in {out / 'phantom.json'}")
 

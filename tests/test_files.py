@@ -63,6 +63,8 @@ COMMANDS = {
     "find": "postprocess find {cohort} {cohort}/labelsTr --rule {out}/rule.json",
     "select": "select {cohort} m={cohort}/labelsTr --out {out}/choice.json",
     "ensemble": "ensemble {cohort}/labelsTr {cohort}/labelsTs --out {out}",
+    "phantom": "phantom {out}",
+    "board": "board {cohort}/scores.csv --out {out}",
     "run-ablation": "phe --cohort {cohort} --preset smoke --out {out}",
 }
 
@@ -92,7 +94,7 @@ def test_every_command_finds_a_link_to_nothing_at_once(
     Postprocessing(((1,),)).save(cohort / "rule.json")
     out.symlink_to("nowhere")
     # nothing is measured, prepared, trained or predicted before
-    for where in ("ichbench.cases.cohort.read_image", "ichbench.cases.images.read_image", "ichbench.inference.images.read_image"):
+    for where in ("ichbench.cases.cohort.read_image", "ichbench.cases.images.read_image", "ichbench.inference.inputs.read_image"):
         monkeypatch.setattr(where, lambda *_, **__: pytest.fail("an image was read"))
     words = COMMANDS[name].format(cohort=cohort, out=out).split()
     with pytest.raises(InputError, match=r"dangling:? is a link to nowhere, which does not exist; make it, or remove the link"):

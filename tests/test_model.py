@@ -14,7 +14,7 @@ from model_folders import CT, small_plan, write_model
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.images import read_image, read_labels, write_image
 from ichbench.errors import InputError
-from ichbench.inference.images import find_images
+from ichbench.inference.inputs import find_images
 from ichbench.inference.model import load_model, predict_path, read_model
 from ichbench.inference.predictors import predict_unet
 

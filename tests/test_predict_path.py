@@ -13,7 +13,7 @@ from ichbench.cases.case import Grid
 from ichbench.cases.images import read_labels, write_image
 from ichbench.errors import CaseError, InputError
 from ichbench.inference import model as module
-from ichbench.inference.images import read_case
+from ichbench.inference.inputs import read_case
 from ichbench.inference.model import Model, load_model, predict_path
 from ichbench.prepare.window import ConstantImageWarning
 from ichbench.recipe import InferenceRecipe, PrepareRecipe

@@ -49,8 +49,11 @@ def board(
     Arms are ranked when there is no base, or with --rank. Holes in the scores are refused unless --missing says what they are worth.
     """
     from ichbench.board.published import is_published
+    from ichbench.cases.files import check_writable
     from ichbench.scoring.tables import read_score_files
 
+    if out is not None:
+        check_writable(out)
     named = None if metrics is None else [name.strip() for name in metrics.split(",")]
     rule = _tie_rule(ties)
     published = [path for path in scores if is_published(path)]

@@ -35,7 +35,7 @@ def predict(
     With CHOICE.json: by the one model chosen, or by the mean probabilities of two, then with the post-processing found for them, as
     predict --probabilities, ensemble and postprocess apply do one after another.
 
-    --set changes how tiles are predicted, not what was trained: mirror (false is 8 times faster in 3D, and less accurate), tile_step,
+    --set changes how tiles are predicted, not what was trained: mirror (false: one pass instead of 8 in 3D), tile_step,
     gaussian, precision (bf16, where the hardware has it), convolution (compiled: for bf16, GPUs and narrow networks).
 
     A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.

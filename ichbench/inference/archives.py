@@ -22,8 +22,9 @@ from ichbench.cases.files import write_atomically
 from ichbench.cases.folders import read_declaration
 from ichbench.cases.labels import LabelRules, declared, read_rules
 from ichbench.errors import InputError
+from ichbench.inference.inputs import stem_of
+from ichbench.scoring.layouts import SUFFIXES
 
-MASKS = (".nii.gz", ".nii")
 #: the heads of plain labels sum to 1 within this, also in half precision
 SUM_TOLERANCE = 1e-3
 #: what reading a damaged or foreign archive may raise
@@ -32,7 +33,7 @@ UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError
 
 def archive_of(mask: Path) -> Path:
     """Where the probabilities of a mask lie."""
-    return mask.with_name(f"{_stem(mask)}.npz")
+    return mask.with_name(f"{stem_of(mask)}.npz")
 
 
 def taken_by(mask: Path) -> tuple[Path, ...]:
@@ -40,12 +41,8 @@ def taken_by(mask: Path) -> tuple[Path, ...]:
 
     Remove them from the end, so that no archive is ever there without its mask.
     """
-    named = (mask, *(mask.with_name(_stem(mask) + suffix) for suffix in MASKS), archive_of(mask))
+    named = (mask, *(mask.with_name(stem_of(mask) + suffix) for suffix in SUFFIXES), archive_of(mask))
     return tuple(path for path in dict.fromkeys(named) if (path.exists() or path.is_symlink()) and not path.is_dir())
-
-
-def _stem(mask: Path) -> str:
-    return mask.name.removesuffix(next((suffix for suffix in MASKS if mask.name.endswith(suffix)), MASKS[0]))
 
 
 def write_probabilities(path: Path, table_czyx: NDArray[np.float32], grid: Grid, rules: LabelRules | None = None) -> None:

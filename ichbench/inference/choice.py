@@ -16,7 +16,7 @@ from ichbench.cases.labels import LabelRules
 from ichbench.errors import InputError
 from ichbench.inference.archives import archive_of, in_file_order, same_heads, write_probabilities
 from ichbench.inference.ensemble import mean_probabilities
-from ichbench.inference.images import find_images, read_case
+from ichbench.inference.inputs import find_images, read_case
 from ichbench.inference.model import Model, Predicted, load_model, predict_each, predict_files, write_mask
 from ichbench.inference.postprocess import Postprocessing
 from ichbench.inference.predictors import predict_with_probabilities

@@ -25,7 +25,7 @@ from ichbench.cases.images import write_labels
 from ichbench.cases.labels import LabelRules, read_rules
 from ichbench.errors import CaseError, InputError
 from ichbench.inference.archives import archive_of, taken_by, write_probabilities
-from ichbench.inference.images import find_images, read_case, suffix_of
+from ichbench.inference.inputs import find_images, read_case, suffix_of
 from ichbench.inference.postprocess import Postprocessing, read_postprocessing
 from ichbench.inference.predictors import Tools, predict_unet, predict_with_probabilities
 from ichbench.network.unet import UNet, check_topology, make_unet

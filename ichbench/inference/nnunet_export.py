@@ -27,7 +27,7 @@ from ichbench.cases.files import check_writable, write_atomically
 from ichbench.cases.images import write_image
 from ichbench.cases.labels import declared
 from ichbench.errors import InputError
-from ichbench.inference.images import find_images, read_case
+from ichbench.inference.inputs import find_images, read_case
 from ichbench.inference.model import ModelFolder, read_model
 from ichbench.network.nnunet_weights import weights_to_nnunet
 from ichbench.network.unet import make_unet

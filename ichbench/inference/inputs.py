@@ -23,7 +23,7 @@ def find_images(image: Path, channel_names: Sequence[str]) -> dict[str, tuple[Pa
     if not image.is_dir():
         if len(channel_names) == 1:
             return {_case_id(image): (image,)}
-        match = re.fullmatch(r"(.+)_(\d{4})", _stem(image))
+        match = re.fullmatch(r"(.+)_(\d{4})", stem_of(image))
         if match is None:
             raise InputError(f"{image}: this model takes {_channels(channel_names)}, so the name must be CASE_0000.nii.gz and so on")
         siblings = [image.with_name(f"{match[1]}_{index:04d}{suffix_of(image)}") for index in range(len(channel_names))]
@@ -38,12 +38,12 @@ def find_images(image: Path, channel_names: Sequence[str]) -> dict[str, tuple[Pa
         return _one_file_each(image, paths)
     found: dict[str, list[Path]] = {}
     for path in paths:
-        match = re.fullmatch(r"(.+)_\d{4}", _stem(path))
+        match = re.fullmatch(r"(.+)_\d{4}", stem_of(path))
         if match is None:
             raise InputError(f"{path}: this model takes {_channels(channel_names)}, so the name must be CASE_0000.nii.gz and so on")
         found.setdefault(match[1], []).append(path)
     for case_id, files in found.items():
-        if [_stem(path) for path in files] != [f"{case_id}_{index:04d}" for index in range(len(channel_names))]:
+        if [stem_of(path) for path in files] != [f"{case_id}_{index:04d}" for index in range(len(channel_names))]:
             raise InputError(
                 f"{image}: case {case_id!r} has the files {[path.name for path in files]}, but the model takes {_channels(channel_names)}; "
                 "one file per channel is needed, numbered from 0000"
@@ -53,7 +53,7 @@ def find_images(image: Path, channel_names: Sequence[str]) -> dict[str, tuple[Pa
 
 def _one_file_each(folder: Path, paths: Sequence[Path]) -> dict[str, tuple[Path, ...]]:
     cases: dict[str, tuple[Path, ...]] = {}
-    stems = {_stem(path) for path in paths}
+    stems = {stem_of(path) for path in paths}
     for path in paths:
         case_id = _case_id(path)
         if case_id in cases:
@@ -107,10 +107,11 @@ def suffix_of(image: Path) -> str:
     return next((suffix for suffix in SUFFIXES if image.name.endswith(suffix)), SUFFIXES[0])
 
 
-def _stem(image: Path) -> str:
+def stem_of(image: Path) -> str:
+    """The name without its suffix."""
     return image.name.removesuffix(suffix_of(image))
 
 
 def _case_id(image: Path) -> str:
     """`case_0000.nii.gz` -> `case`: nnU-Net's images carry a channel number, its masks do not."""
-    return _stem(image).removesuffix("_0000")
+    return stem_of(image).removesuffix("_0000")
