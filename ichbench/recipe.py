@@ -250,7 +250,7 @@ class InferenceRecipe(Strict):
     #: what the network computes in; sums over tiles and mirrorings stay float32. fp16 is for GPUs, bf16 pays where the CPU has it
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     #: winograd: on a CPU in fp32 the same U-Net with fewer multiplications (network/fast.py), else as direct; compiled: as one
-    #: program, half a minute of compiling each, for bf16, GPUs, narrow networks (network/compiled.py); only their rounding differs
+    #: program, half a minute of compiling each, for bf16 and GPUs (network/compiled.py); only their rounding differs
     convolution: Literal["direct", "winograd", "compiled"] = "winograd"
     #: nnunet: one tile at a time by direct convolutions, sums over tiles and folds and resampling back in half precision, as nnU-Net does
     compatibility: Literal["ichbench", "nnunet"] = "ichbench"

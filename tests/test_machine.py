@@ -46,7 +46,7 @@ def test_presets_are_estimated_in_order() -> None:
 
 def made(free_gb: float | None, gpus: tuple[tuple[str, float], ...] = (), step: float = 50.0) -> Machine:
     rates = {"cpu": Rates(100.0, 20.0, step, 10.0)} | ({"cuda": Rates(1e4, 8e4, 1e4, 5e4)} if gpus else {})
-    return Machine(2, 2, 16.0, free_gb, "2.13.0", "AVX2", False, gpus, rates, {"plots": "3.9", "itk": None})
+    return Machine(2, 2, 16.0, free_gb, "2.13.0", "AVX2", False, gpus, rates, "for prediction, built by g++", {"plots": "3.9", "itk": None})
 
 
 def test_advice() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ichbench.inference.sliding import predict_logits
 from ichbench.network import winograd
-from ichbench.network.fast import FastNormAct, ProductConv, fast_network
+from ichbench.network.fast import FastNormAct, NativeConv, ProductConv, fast_network
+from ichbench.network.native import find_compiler
 from ichbench.network.norm import NormAct
 from ichbench.network.unet import UNet, make_unet
 from ichbench.network.winograd import WinogradConv, convolve, is_plain, point_weights, transformed_axes
@@ -24,6 +25,9 @@ from ichbench.recipe import InferenceRecipe, NetworkRecipe
 torch.set_num_threads(1)
 
 WAYS = [((3, 3, 3), (0, 1)), ((3, 3, 3), (0, 1, 2)), ((1, 3, 3), (1,)), ((1, 3, 3), (1, 2))]
+
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
 
 
 @pytest.fixture
@@ -180,12 +184,15 @@ def trained_like(plan: Plan, seed: int) -> UNet:
 
 @pytest.mark.parametrize("plan", [*NETWORKS, *(residual(plan) for plan in NETWORKS)])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_whole_networks(plan: Plan, samples: int, always: None) -> None:
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+def test_whole_networks(plan: Plan, samples: int, compiled: bool, always: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("ichbench.network.fast.kernels", lambda: None)
     network = trained_like(plan, 7)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     x = torch.randn(samples, plan.in_channels, *(8, 20, 28)[3 - plan.dims :])
     fast = fast_network(network)
-    assert any(isinstance(module, WinogradConv) for module in fast.modules())
+    assert any(isinstance(module, NativeConv if compiled else WinogradConv) for module in fast.modules())
     assert {id(value) for value in fast.parameters()} == {id(value) for value in network.parameters()}, "weights were copied"
     with torch.inference_mode():
         found, direct = fast(x), network(x)

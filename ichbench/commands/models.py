@@ -36,7 +36,7 @@ def predict(
     predict --probabilities, ensemble and postprocess apply do one after another.
 
     --set changes how tiles are predicted, not what was trained: mirror (false: one pass instead of 8 in 3D), tile_step,
-    gaussian, precision (bf16, where the hardware has it), convolution (compiled: for bf16, GPUs and narrow networks).
+    gaussian, precision (bf16, where the hardware has it), convolution (compiled: for bf16 and GPUs).
 
     A file that fails does not stop a folder; the failures are named at the end and the exit code is 1.
     """

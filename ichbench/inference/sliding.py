@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
 from ichbench.network.compiled import Compiled, compiled_network
-from ichbench.network.fast import fast_network
+from ichbench.network.fast import fast_network, has_kernels
 from ichbench.network.unet import UNet
 from ichbench.recipe import InferenceRecipe, check_precision
 
@@ -138,6 +138,11 @@ def is_fast(recipe: InferenceRecipe, device: str) -> bool:
     return asked and recipe.precision == "fp32" and torch.device(device).type == "cpu"
 
 
+def gains_from_pairs(network: Network) -> bool:
+    """Whether two volumes at a time may be faster than one; not where they need not go through torch's convolutions."""
+    return not (isinstance(network, Compiled) or (isinstance(network, nn.Module) and has_kernels(network)))
+
+
 def _precision(recipe: InferenceRecipe, device: str) -> Any:
     kind = torch.device(device).type
     check_precision(recipe, device)
@@ -179,7 +184,7 @@ def _tiled(
     total = torch.zeros(())
     weights = torch.zeros(images.shape[2:], device=images.device)
     samples = len(images)
-    at_once = 2 if samples * math.prod(patch_size) <= PAIR_VOXELS and not isinstance(network, Compiled) else 1
+    at_once = 2 if samples * math.prod(patch_size) <= PAIR_VOXELS and gains_from_pairs(network) else 1
     for first in range(0, len(tiles), at_once):
         some = tiles[first : first + at_once]
         answers = _forward(network, torch.cat([images[tile] for tile in some]), flips)
@@ -220,9 +225,8 @@ def _mirrored(network: Network, x: Tensor, flips: Sequence[tuple[int, ...]]) -> 
 
 def _forward(network: Network, x: Tensor, flips: Sequence[tuple[int, ...]]) -> Tensor:
     """The mean over mirrorings, summed in float32."""
-    # torch hands a lone small volume to a plain loop that takes ten times as long as oneDNN, which it uses from two on, and a
-    # compiled program always
-    lone = x.shape[0] == 1 and x.ndim == 5 and x.device.type == "cpu" and x.numel() < SMALL_ELEMENTS and not isinstance(network, Compiled)
+    # torch hands a lone small volume to a plain loop that takes ten times as long as oneDNN, which it uses from two on
+    lone = x.shape[0] == 1 and x.ndim == 5 and x.device.type == "cpu" and x.numel() < SMALL_ELEMENTS and gains_from_pairs(network)
     at_once = 2 if lone else 1
     total: Tensor | None = None
     for first in range(0, len(flips), at_once):

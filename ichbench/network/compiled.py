@@ -1,16 +1,13 @@
 """The same U-Net as one program, which torch's compiler writes for one shape of patch.
 
 What it gains are passes over memory between the convolutions, and in half precision the turning of weights and images from
-one precision into the other. Convolutions are torch's own. It is for GPUs, for processors that compute in bf16, and for narrow
-networks; in fp32 on a CPU wide ones gain more from Winograd's convolutions (network/fast.py), and training from the gradients of
-network/conv.py.
+one precision into the other. Convolutions are torch's own. It is for GPUs and for processors that compute in bf16; in fp32 on a CPU
+prediction gains more from the kernels of network/fast.py, and training from the gradients of network/conv.py.
 """
 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import warnings
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ichbench.errors import InputError
-from ichbench.network.unet import UNet
+from ichbench.network.native import COMPILERS, find_compiler
+from ichbench.network.unet import UNet, weights_version
 
-#: C++ compilers that torch looks for
-COMPILERS = ("g++", "clang++", "c++")
 #: programs of one process: models of an ensemble times their folds times shapes of patch times precisions
 PROGRAMS = 256
 
@@ -45,7 +41,7 @@ class Compiled(nn.Module):
     def __init__(self, network: UNet, setting: str, *, freeze: bool = False, batch_grows: bool = False, insist: bool = True) -> None:
         super().__init__()
         on_cpu = next(network.parameters()).device.type == "cpu"
-        if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS) if name):
+        if on_cpu and find_compiler() is None:
             raise InputError(
                 f"{setting} needs a C++ compiler: none of {', '.join(COMPILERS)} was found; "
                 "install one, name it in the environment variable CXX, or leave the setting out"
@@ -90,7 +86,7 @@ _predicting: WeakKeyDictionary[UNet, tuple[object, Compiled]] = WeakKeyDictionar
 def compiled_network(network: UNet) -> Compiled:
     """`network` compiled for prediction; the program is kept with it, so that it is made once for many images.
     Weights may change between two calls of this function, but not by way of `.data` or numpy, which torch does not count."""
-    weights = tuple((value.data_ptr(), value._version) for value in (*network.parameters(), *network.buffers()))
+    weights = weights_version(network)
     known, program = _predicting.get(network, (None, None))
     if program is None or known != weights:
         # a copy: frozen weights are known by their tensors alone, so torch would take changed ones in the same tensors for the old

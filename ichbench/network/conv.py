@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 
 def convolve(layer: Any, x: Tensor) -> Tensor:
     """`layer(x)` for a (transposed) convolution; while training in float32 on a CPU, as this file does it."""
-    training = x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    training = torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not training or torch.compiler.is_compiling() or layer.groups != 1 or max(layer.dilation) > 1:
         return layer(x)  # type: ignore[no-any-return]
     pointwise = not layer.transposed and max(layer.kernel_size) == 1 and max(layer.stride) == 1

@@ -53,6 +53,13 @@ class Topology(Protocol):
         """Convolution blocks of each decoder level, in nnU-Net's order: the deepest level first."""
 
 
+class Join(nn.Module):
+    """Features of the decoder, then of the encoder, as channels of one array."""
+
+    def forward(self, up: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat((up, skip), dim=1)
+
+
 class UNet(nn.Module):
     """Maps (batch, channels, *patch) to logits (batch, classes, *patch).
 
@@ -74,6 +81,7 @@ class UNet(nn.Module):
             down, levels = [recipe.convs_per_stage] * len(down), [recipe.convs_per_stage] * len(levels)
         stages = zip(channels, plan.kernels, plan.strides, down, strict=True)
         self.encoder = nn.ModuleList(stage(plan.family, dims, c, kernel, stride, n, slope, norm) for c, kernel, stride, n in stages)
+        self.join: nn.Module = Join()
         self.up, self.decoder, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for level, convs in enumerate(reversed(levels)):
             here, below, stride = features[level], features[level + 1], tuple(plan.strides[level + 1])
@@ -92,8 +100,7 @@ class UNet(nn.Module):
         every = self.training and self.deep_supervision
         logits = []
         for level in reversed(range(len(self.decoder))):
-            x = torch.cat((convolve(self.up[level], x), skips[level]), dim=1)
-            x = self.decoder[level](x)
+            x = self.decoder[level](self.join(convolve(self.up[level], x), skips[level]))
             if every or level == 0:
                 logits.append(convolve(self.heads[level], x))
         return logits[::-1] if every else logits[0]
@@ -126,6 +133,11 @@ def make_unet(plan: Topology, recipe: NetworkRecipe, seed: int = 0) -> UNet:
         if isinstance(module, ResidualBlock):
             nn.init.zeros_(module.conv2.norm.weight)
     return network.to(memory_format=CHANNELS_LAST[plan.dims])  # type: ignore[call-overload, no-any-return]
+
+
+def weights_version(network: nn.Module) -> object:
+    """Equal as long as the weights are the same; torch does not count changes by way of `.data` or numpy."""
+    return tuple((value.data_ptr(), value._version) for value in (*network.parameters(), *network.buffers()))
 
 
 def check_topology(plan: Topology) -> None:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ichbench.arms import load_preset
 from ichbench.cases.labels import plain_rules
 from ichbench.network.losses import Supervision, dice_ce, supervised
+from ichbench.network.native import about_kernels
 from ichbench.network.unet import UNet, make_unet
 from ichbench.overlays import make_recipe
 from ichbench.prepare.fingerprint import Fingerprint
@@ -71,6 +72,7 @@ class Machine:
     bf16_instructions: bool
     gpus: tuple[tuple[str, float], ...]
     rates: dict[str, Rates]
+    kernels: str
     extras: dict[str, str | None]
 
 
@@ -90,7 +92,7 @@ def examine(threads: int | None = None) -> Machine:
     capability = torch.backends.cpu.get_cpu_capability()
     supported = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     total, free = _memory_gb()
-    return Machine(cores, used, total, free, torch.__version__, capability, supported, tuple(gpus), rates, _extras())
+    return Machine(cores, used, total, free, torch.__version__, capability, supported, tuple(gpus), rates, about_kernels(), _extras())
 
 
 def measure(device: str, size: int = 32) -> Rates:
@@ -156,6 +158,7 @@ def machine_lines(machine: Machine) -> list[str]:
         f"memory    {memory}{free}",
         f"torch     {machine.torch}",
         f"fp32      {cpu.convolution_fp32:.3g} GFLOP/s in a 3D convolution, {cpu.step_fp32:.3g} in a training step",
+        f"kernels   {machine.kernels}",
         f"bf16      {cpu.convolution_bf16:.3g} GFLOP/s in a 3D convolution, {cpu.step_bf16:.3g} in a training step: {gain:.2g} times fp32; "
         f"{native} instructions for it",
     ]

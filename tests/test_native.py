@@ -1,0 +1,396 @@
+"""The compiled kernels against torch's own functions in float64: the same numbers, rounding apart; and what happens without them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_winograd import ANISOTROPIC, NETWORKS, needs_compiler, trained_like
+from torch import Tensor, nn
+
+from ichbench.network import fast, native
+from ichbench.network.fast import Buffers, NativeConv, NativeNormAct, NativeUp, fast_network, has_kernels, is_box, is_native
+from ichbench.network.native import Kernels, find_compiler, kernels
+from ichbench.network.winograd import WinogradConv
+
+#: size along z, strides, points along z
+WAYS = [
+    (3, (1, 1, 1), True),
+    (3, (1, 1, 1), False),
+    (1, (1, 1, 1), False),
+    (3, (1, 2, 2), False),
+    (3, (2, 2, 2), False),
+    (1, (1, 2, 2), False),
+    (1, (2, 2, 2), False),
+    (3, (3, 2, 2), False),
+]
+
+
+@pytest.fixture
+def few_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """`kernels` is asked again, before and after the test."""
+    kernels.cache_clear()
+    yield
+    kernels.cache_clear()
+
+
+def compiled() -> Kernels:
+    found = kernels()
+    assert found is not None, "there is a compiler, but the kernels cannot be had"
+    return found
+
+
+def rows(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous()
+
+
+def convolved(images: list[Tensor], weight: Tensor, way: Any) -> Tensor:
+    """The kernel with torch's order of axes."""
+    size_z, stride, along_z = way
+    shape = [-(-n // step) for n, step in zip(images[0].shape[2:], stride, strict=True)]
+    # what the kernel must fill, and not read
+    out = torch.full((len(images[0]), *shape, len(weight)), math.nan)
+    points = compiled().point_weights(weight, along_z, stride[-1] == 2)
+    compiled().winograd([rows(image) for image in images], points, size_z, stride[0], along_z, stride[-1] == 2, out)
+    return out.movedim(-1, 1)
+
+
+@needs_compiler
+@given(
+    way=st.sampled_from(WAYS),
+    samples=st.integers(1, 3),
+    shape=st.tuples(st.integers(1, 11), st.integers(1, 37), st.integers(1, 37)),
+    channels=st.tuples(st.integers(1, 40), st.integers(0, 20), st.integers(1, 40)),
+    threads=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=150, deadline=None)
+def test_convolution(way: Any, samples: int, shape: Any, channels: Any, threads: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    first, second, channels_out = channels
+    images = [torch.randn(samples, n, *shape, generator=generator) for n in (first, second) if n]
+    weight = torch.randn(channels_out, first + second, way[0], 3, 3, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = convolved(images, weight, way)
+    finally:
+        torch.set_num_threads(before)
+    x = torch.cat(images, 1)
+    expected = F.conv3d(x.double(), weight.double(), None, way[1], (way[0] // 2, 1, 1))
+    assert found.shape == expected.shape
+    # what a tile rounds hangs on the largest values in it, and on all taps
+    assert float((found - expected).abs().max()) < 1e-6 * float(x.abs().max() * weight.abs().flatten(1).sum(1).max())
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (1000.0, 1.0), (0.0, 1000.0), (0.0, 1e-6)])
+def test_errors_stay_small_beside_what_is_summed(way: Any, mean: float, spread: float) -> None:
+    generator = torch.Generator().manual_seed(11)
+    x = mean + spread * torch.randn(1, 48, 6, 17, 20, generator=generator)
+    x[..., ::5, ::5] += 100 * spread
+    weight = torch.randn(24, 48, way[0], 3, 3, generator=generator) / math.sqrt(48 * 9 * way[0])
+    padding = (way[0] // 2, 1, 1)
+    exact = F.conv3d(x.double(), weight.double(), None, way[1], padding)
+    summed = F.conv3d(x.double().abs(), weight.double().abs(), None, way[1], padding)
+    assert float((convolved([x], weight, way) - exact).abs().max() / summed.max()) < 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", WAYS)
+def test_as_exact_as_the_direct_one(way: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 128, 8, 16, 16, generator=generator)
+    weight = torch.randn(64, 128, way[0], 3, 3, generator=generator) / math.sqrt(128 * 9 * way[0])
+    exact = F.conv3d(x.double(), weight.double(), None, way[1], (way[0] // 2, 1, 1))
+    error = (convolved([x], weight, way) - exact) / float(exact.std())
+    assert float(error.abs().max()) < 1e-4
+    assert float(error.square().mean().sqrt()) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits_with_any_number_of_threads(way: Any, few_threads: None) -> None:
+    torch.manual_seed(2)
+    x, weight = torch.randn(2, 20, 7, 45, 50), torch.randn(18, 20, way[0], 3, 3)
+    scale, bias = torch.randn(2, 20)
+    answers, norms = [], []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        answers.append(convolved([x], weight, way))
+        normed = rows(x).clone()
+        compiled().norm_act(normed, scale, bias, 1e-5, 0.01)
+        norms.append(normed)
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+    assert all(torch.equal(norm, norms[0]) for norm in norms)
+
+
+@needs_compiler
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+    channels_out=st.integers(1, 40),
+    box=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    bias=st.booleans(),
+    flat=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_transposed_convolution(shape: Any, channels_out: int, box: Any, bias: bool, flat: bool) -> None:
+    torch.manual_seed(1)
+    kind: Any = nn.ConvTranspose2d if flat else nn.ConvTranspose3d
+    size = box[1:] if flat else box
+    conv = kind(shape[1], channels_out, size, size, bias=bias)
+    assert is_box(conv)
+    x = torch.randn(*shape[:2], *shape[3 if flat else 2 :])
+    with torch.inference_mode():
+        found = NativeUp(conv, fast.Tools(compiled(), Buffers()))(x)
+        expected = conv.double()(x.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.ConvTranspose3d(2, 2, 3, stride=2),
+        nn.ConvTranspose3d(2, 2, 2, stride=2, padding=1),
+        nn.ConvTranspose3d(2, 2, 2, stride=2, output_padding=1),
+        nn.ConvTranspose2d(2, 2, 2, stride=2, groups=2),
+        nn.ConvTranspose2d(2, 2, 2, stride=2, dilation=2),
+    ],
+)
+def test_other_transposed_convolutions_are_left_alone(conv: Any) -> None:
+    assert not is_box(conv)
+
+
+@pytest.mark.parametrize(
+    ("conv", "native"),
+    [
+        (nn.Conv3d(2, 2, 3, padding=1), True),
+        (nn.Conv3d(2, 2, (1, 3, 3), (2, 2, 2), padding=(0, 1, 1)), True),
+        (nn.Conv2d(2, 2, 3, 2, padding=1), True),
+        (nn.Conv3d(2, 2, 3, (1, 2, 1), padding=1), False),
+        (nn.Conv3d(2, 2, 3, (2, 1, 1), padding=1), False),
+        (nn.Conv2d(2, 2, 3, 3, padding=1), False),
+        (nn.Conv3d(2, 2, (3, 1, 1), padding=(1, 0, 0)), False),
+        (nn.Conv3d(2, 2, (3, 3, 1), padding=(1, 1, 0)), False),
+        (nn.Conv3d(2, 2, (5, 3, 3), padding=(2, 1, 1)), False),
+        (nn.Conv3d(2, 2, 3), False),
+        (nn.Conv3d(2, 2, 3, padding="same"), False),
+        (nn.Conv3d(2, 2, 3, padding=1, groups=2), False),
+        (nn.Conv3d(2, 2, 3, padding=2, dilation=2), False),
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), False),
+        (nn.ConvTranspose3d(2, 2, 3, padding=1), False),
+    ],
+)
+def test_which_convolutions(conv: Any, native: bool) -> None:
+    assert is_native(conv) == native
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(9, 5, 3, 2, 1), nn.Conv2d(9, 5, 3, 1, 1), nn.Conv3d(9, 5, 3, (2, 2, 2), 1), nn.Conv3d(9, 5, 3, 1, 1)]
+)
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 9, 40])
+def test_modules_stand_in_for_convolutions(conv: Any, depth: int) -> None:
+    module = NativeConv(conv, fast.Tools(compiled(), Buffers()))
+    x = torch.randn(2, 9, *(depth, 13, 10)[-len(conv.kernel_size) :])
+    with torch.inference_mode():
+        expected = F.conv2d(x, conv.weight, None, conv.stride, 1) if x.ndim == 4 else F.conv3d(x, conv.weight, None, conv.stride, 1)
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(module((x[:, :4], x[:, 4:])), expected, rtol=0, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 4, 20, 24), (2, 5, 3, 7, 11), (3, 320, 1, 2, 2), (2, 8, 33, 35), (1, 3, 1, 1, 2), (1, 7, 16, 64, 64)]
+)
+@pytest.mark.parametrize("slope", [0.01, 1.0, 0.0])
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (1000.0, 1.0), (-3e4, 100.0), (0.0, 1e-4)])
+def test_norm(shape: tuple[int, ...], slope: float, mean: float, spread: float) -> None:
+    torch.manual_seed(0)
+    norm = fast.NormAct(shape[1], slope)
+    with torch.inference_mode():
+        norm.weight.uniform_(-2, 2)
+        norm.bias.normal_()
+        x = mean + spread * torch.randn(shape)
+        x[..., : shape[-1] // 3] = mean - 20 * spread
+        exact = F.instance_norm(x.double(), weight=norm.weight.double(), bias=norm.bias.double(), eps=norm.eps)
+        exact = exact if slope == 1 else F.leaky_relu(exact, slope)
+        layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        found = NativeNormAct(norm, fast.Tools(compiled(), Buffers()))(x.clone(memory_format=layout))
+        # the input itself is only known to 6e-8 of its size
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=4e-4 if mean else 1e-5)
+
+
+@needs_compiler
+def test_norm_of_a_constant_is_its_bias_and_nan_stays() -> None:
+    norm = fast.NormAct(4, 1.0)
+    module = NativeNormAct(norm, fast.Tools(compiled(), Buffers()))
+    with torch.inference_mode():
+        norm.bias.copy_(torch.arange(4.0))
+        assert torch.equal(module(torch.full((2, 4, 3, 8, 8), 12345.678)), torch.arange(4.0).view(1, 4, 1, 1, 1).expand(2, 4, 3, 8, 8))
+        norm.leaky_slope = 0.01
+        x = torch.randn(1, 4, 3, 8, 8)
+        x[0, 2, 1, 1, 1] = math.nan
+        assert torch.isnan(module(x)).any((0, 2, 3, 4)).tolist() == [False, False, True, False]
+
+
+@needs_compiler
+@pytest.mark.parametrize("plan", NETWORKS)
+def test_a_broken_logit_is_not_hidden(plan: Any) -> None:
+    network = trained_like(plan, 3)
+    x = torch.randn(1, plan.in_channels, *(8, 20, 28)[3 - plan.dims :])
+    x.view(-1)[17] = math.nan
+    with torch.inference_mode():
+        assert bool(torch.isnan(fast_network(network)(x)).any())
+
+
+@needs_compiler
+def test_prepared_weights_are_kept_until_weights_change_or_another_network_comes() -> None:
+    network, other = trained_like(ANISOTROPIC, 1), trained_like(ANISOTROPIC, 2)
+    x = torch.randn(1, 2, 8, 20, 28)
+    with torch.inference_mode():
+        first = fast_network(network)
+        before = first(x)
+    assert fast_network(network) is first
+    assert has_kernels(first)
+    with torch.no_grad():
+        network.encoder[0][0].conv.weight.mul_(1.5)  # type: ignore[index, union-attr, operator]
+        network.decoder[0][0].conv.weight.add_(0.01)  # type: ignore[index, union-attr, operator]
+    with torch.inference_mode():
+        changed = fast_network(network)
+        assert changed is not first
+        assert not torch.equal(changed(x), before)
+        torch.testing.assert_close(changed(x), network(x), rtol=1e-3, atol=1e-3)
+        fast_network(other)
+    assert fast_network(network) is not changed
+    del network, first, changed
+    fast_network(other)
+    del other
+    gc.collect()
+    assert not len(fast._last)
+
+
+def test_buffers_serve_again_only_when_nothing_refers_to_them() -> None:
+    buffers = Buffers()
+    first = buffers.take(3, 100)
+    view = first.movedim(0, 1)[5:]
+    view.fill_(1)
+    at = first.data_ptr()
+    del first
+    other = buffers.take(3, 100)
+    assert other.data_ptr() != at, "somebody still looks at it"
+    assert bool((view == 1).all())
+    del view
+    again = buffers.take(2, 90)
+    assert again.data_ptr() == at
+    assert buffers.take(1, 100).data_ptr() not in (at, other.data_ptr())
+    assert buffers.take(1000).shape == (1000,)
+
+
+@pytest.mark.parametrize("plan", NETWORKS)
+def test_without_a_compiler_torch_does_it(plan: Any, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert find_compiler() is None
+    assert kernels() is None
+    network = trained_like(plan, 7)
+    found = fast_network(network)
+    assert any(isinstance(module, WinogradConv) for module in found.modules())
+    assert not has_kernels(found)
+    x = torch.randn(1, plan.in_channels, *(8, 20, 28)[3 - plan.dims :])
+    with torch.inference_mode():
+        torch.testing.assert_close(found(x), network(x), rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+def test_a_compiler_that_fails_or_hangs_is_no_compiler(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "PATIENCE", 0.5)
+    for text in ("exit 1", "exec sleep 5"):
+        broken = tmp_path / "broken"
+        broken.write_text(f"#!/bin/sh\n{text}\n")
+        broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("CXX", str(broken))
+        assert find_compiler() == str(broken)
+        kernels.cache_clear()
+        assert kernels() is None
+    assert list((tmp_path / "cache" / "ichbench").iterdir()) == [], "scratch files were left"
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("ROOT_A = 0.7071", "ROOT_A = 0.7171"),
+        ("taps[0], taps[2]", "taps[2], taps[0]"),
+        ("+ shift;", "- shift;"),
+        ("from + channel, n) +", "from + channel, n) -"),
+    ],
+)
+def test_kernels_that_compute_something_else_are_not_taken(
+    right: str, wrong: str, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = native.SOURCE.read_text()
+    assert source.count(right) == 1
+    (tmp_path / "native.cpp").write_text(source.replace(right, wrong))
+    monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
+    # fast to compile, and computes the same
+    monkeypatch.setattr(native, "FLAGS", ("-O1", *native.FLAGS[1:]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert kernels() is None
+    monkeypatch.setattr(native, "is_right", lambda found: True)
+    kernels.cache_clear()
+    assert kernels() is not None, "it was refused for another reason"
+
+
+@needs_compiler
+def test_the_program_is_built_once_in_the_users_cache(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "FLAGS", ("-O1", *native.FLAGS[1:]))
+    assert kernels() is not None
+    (program,) = (tmp_path / "cache" / "ichbench").iterdir()
+    assert stat.S_IMODE(program.parent.stat().st_mode) == 0o700
+    built = program.stat().st_mtime_ns
+    kernels.cache_clear()
+    assert kernels() is not None
+    assert [file.stat().st_mtime_ns for file in program.parent.iterdir()] == [built]
+    # half a program, as a full disk may leave one, in a file that this process has not loaded
+    content = program.read_bytes()
+    program.unlink()
+    program.write_bytes(content[: len(content) // 2])
+    kernels.cache_clear()
+    assert kernels() is not None
+    assert [file.stat().st_size for file in program.parent.iterdir()] == [len(content)]
+    monkeypatch.setattr(native, "_processor", lambda: b"another")
+    kernels.cache_clear()
+    assert kernels() is not None
+    assert len(list(program.parent.iterdir())) == 2
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(native, "FLAGS", ("-O1", *native.FLAGS[1:]))
+    found = native._cache_folder()
+    shutil.rmtree(found)
+    assert kernels() is not None
+    assert (tmp_path / "file").read_bytes() == b""
