@@ -144,6 +144,22 @@ def test_the_same_bits_with_any_number_of_threads(way: Any, few_threads: None) -
 
 
 @needs_compiler
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_vectors_of_every_width(lanes: int, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Other processors have narrower or wider ones; here the compiler puts wide ones together."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, f"-DICHBENCH_LANES={lanes}"))
+    assert compiled().lanes == lanes
+    torch.manual_seed(lanes)
+    for way in WAYS:
+        for channels_in, channels_out in ((1, 1), (lanes, 2 * lanes), (lanes + 1, 2 * lanes + 1), (3 * lanes - 1, 5 * lanes)):
+            x, weight = torch.randn(2, channels_in, 5, 21, 18), torch.randn(channels_out, channels_in, way[0], 3, 3)
+            expected = F.conv3d(x.double(), weight.double(), None, way[1], (way[0] // 2, 1, 1))
+            error = float((convolved([x], weight, way) - expected).abs().max())
+            assert error < 1e-6 * float(x.abs().max() * weight.abs().flatten(1).sum(1).max())
+
+
+@needs_compiler
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
     channels_out=st.integers(1, 40),

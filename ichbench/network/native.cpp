@@ -17,14 +17,17 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+// floats of a vector; tests name widths that the processor lacks, which the compiler then puts together
+#if defined(ICHBENCH_LANES)
+constexpr int LANES = ICHBENCH_LANES;
+#elif defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-// columns of a matrix product that are summed in registers; ROWS x PANEL sums, a row of weights and one input fill 16 registers
+// rows and columns of a matrix product that are summed in registers: with a row of weights and one input, 15 of 16
 constexpr int PANEL = 2 * LANES, ROWS = 6;
 // outputs of a tile along one axis, and the values of a filter that they need
 constexpr int OUT = 4, VALUES = 6;
@@ -36,14 +39,15 @@ constexpr int64_t BLOCK_IN = 16;
 constexpr int64_t NORM_ELEMENTS = 1 << 12;
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef float loose __attribute__((vector_size(LANES * 4), aligned(4)));
+// a vector in an array of floats
+typedef float loose __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 inline vec load(const float* from) { return *reinterpret_cast<const loose*>(from); }
 inline void store(float* to, vec value) { *reinterpret_cast<loose*>(to) = value; }
 
 int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// 64 floats more, so that rows of a power of two do not all meet in the same lines of a cache
+// a cache line more, so that arrays whose size is a power of two do not all meet in the same lines of a cache
 int64_t stride_of(int64_t n) { return n + 16; }
 
 struct Buffer {
