@@ -15,6 +15,7 @@ logits take, in two minutes; with 32 the activations of a real network too, in a
 from __future__ import annotations
 
 import argparse
+import copy
 import resource
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -43,7 +45,7 @@ from ichbench.prepare.plan import Plan, make_plan
 from ichbench.recipe import InferenceRecipe, NetworkRecipe, PlanRecipe, PrepareRecipe
 
 LABELS = {"background": 0, "ich": 1}
-WINOGRAD, DIRECT = "ichbench, fp32, Winograd (default)", "ichbench, fp32, direct"
+DEFAULT, PLAIN, DIRECT = "ichbench, fp32 (default)", "ichbench, fp32, without a C++ compiler", "ichbench, fp32, direct"
 #: their compiler (20 s to some minutes, once a process) is not timed
 COMPILED, COMPILED_BF16 = "ichbench, fp32, compiled", "ichbench, bf16, compiled"
 
@@ -85,7 +87,7 @@ def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
     def side(**fields: str) -> Callable[[], Any]:
         return ours(unlabelled, recipe.model_copy(update=fields), prepare, plan, network, given.device)
 
-    sides = {WINOGRAD: side(), DIRECT: side(convolution="direct"), COMPILED: side(convolution="compiled")}
+    sides = {DEFAULT: side(), DIRECT: side(convolution="direct"), COMPILED: side(convolution="compiled")}
     sides["ichbench, compatibility = nnunet"] = side(compatibility="nnunet")
     if given.device != "cpu" or has_bf16():
         sides["ichbench, bf16"] = side(precision="bf16")
@@ -117,14 +119,21 @@ def compared(given: argparse.Namespace, features: int) -> Iterator[str]:
 
 def alone(given: argparse.Namespace, features: int) -> Iterator[str]:
     """The networks on one patch, without tiles, mirrorings and what comes before and after."""
+    from ichbench.network import fast
     from ichbench.network.compiled import compiled_network
-    from ichbench.network.fast import fast_network
 
     plan = planned(given, features, head_ct())
     network = make_unet(plan, NetworkRecipe()).eval()
     x = torch.randn(1, plan.in_channels, *plan.patch_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        sides: dict[str, Callable[[Any], Any]] = {WINOGRAD: fast_network(network), DIRECT: network, COMPILED: compiled_network(network)}
+        with patch.object(fast, "kernels", lambda: None):
+            plain = fast.fast_network(copy.deepcopy(network))
+        sides: dict[str, Callable[[Any], Any]] = {
+            DEFAULT: fast.fast_network(network),
+            PLAIN: plain,
+            DIRECT: network,
+            COMPILED: compiled_network(network),
+        }
         if has_bf16():
             sides[COMPILED_BF16] = torch.autocast("cpu", torch.bfloat16)(compiled_network(network))
         if not given.skip_peers:

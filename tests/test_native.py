@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import shutil
@@ -302,6 +303,18 @@ def test_prepared_weights_are_kept_until_weights_change_or_another_network_comes
     del other
     gc.collect()
     assert not len(fast._last)
+
+
+def test_weights_made_in_inference_mode() -> None:
+    """Torch does not count how often they change."""
+    x = torch.randn(1, 2, 8, 16, 16)
+    with torch.inference_mode():
+        network = copy.deepcopy(trained_like(ANISOTROPIC, 1))
+        before = fast_network(network)(x)
+        for value in network.parameters():
+            value.mul_(1.1)
+        torch.testing.assert_close(fast_network(network)(x), network(x), rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(before, network(x), rtol=1e-3, atol=1e-3)
 
 
 def test_buffers_serve_again_only_when_nothing_refers_to_them() -> None:

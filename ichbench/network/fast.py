@@ -34,7 +34,6 @@ ROW = 1024
 #: input channels times taps up to which a convolution is one matrix product over both: an image of one channel, 3 x 3 taps
 FEW = 9
 
-
 #: the last network that predicted, the weights that it had then, and its fast form
 _last: WeakKeyDictionary[UNet, tuple[object, UNet]] = WeakKeyDictionary()
 

@@ -136,8 +136,10 @@ def make_unet(plan: Topology, recipe: NetworkRecipe, seed: int = 0) -> UNet:
 
 
 def weights_version(network: nn.Module) -> object:
-    """Equal as long as the weights are the same; torch does not count changes by way of `.data` or numpy."""
-    return tuple((value.data_ptr(), value._version) for value in (*network.parameters(), *network.buffers()))
+    """Equal as long as the weights are the same; torch does not count changes by way of `.data` or numpy.
+    Never equal where it counts none, for weights made in inference mode."""
+    values = (*network.parameters(), *network.buffers())
+    return object() if any(value.is_inference() for value in values) else tuple((value.data_ptr(), value._version) for value in values)
 
 
 def check_topology(plan: Topology) -> None:
