@@ -78,7 +78,7 @@ def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]
     if not np.isfinite(case.image_czyx).all():
         raise InputError(f"case {case.id}: the image holds NaN or infinite values; repair the file before preparing it")
     sheared = _sheared_notes(case)
-    working, axes, flips = oriented(case) if recipe.reorient else (case, (0, 1, 2), (False, False, False))
+    working, axes, flips = oriented(case, recipe.reorient) if recipe.reorient else (case, (0, 1, 2), (False, False, False))
     n = working.grid.shape_zyx[0]
     kept = _crop_range(working, recipe, channel_names)
     image, notes = apply_grey_levels(working.image_czyx, recipe, channel_names, case.id)
@@ -95,7 +95,9 @@ def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]
     flagged = take_slices(flagged, first, stop, extension)
     file_order = (0, 1, 2)
     if recipe.compatibility == "nnunet":
-        file_order = _as_shape([flagged.grid.file_axes.index(axis) for axis in (2, 1, 0)])
+        # what a reader of nnU-Net's has turned goes on as it is
+        if not isinstance(recipe.reorient, str):
+            file_order = _as_shape([flagged.grid.file_axes.index(axis) for axis in (2, 1, 0)])
         flagged = _contiguous(permuted(flagged, file_order))
     slice_back = tuple(float(value) for value in back - first + extension)
     return flagged, FlagGeometry(case.grid.shape_zyx, axes, flips, slice_back, kept, ratio, file_order), (*sheared, *notes)
