@@ -84,6 +84,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "extension": {"slice_extension": 2},
     "neighbours": {"neighbour_slices": 1},
     "reorient": {"reorient": True},
+    "reader": {"reorient": "NibabelIOWithReorient"},
+    "reader as nnunet": {"reorient": "SimpleITKIOWithReorient", "compatibility": "nnunet"},
     "file order": {"compatibility": "nnunet"},
     "all": {
         "window": SWAPPED,
@@ -96,7 +98,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 #: fields that change nothing on this case, which already lies as they want it
-TRIVIAL = {"none", "file order"}
+TRIVIAL = {"none", "file order", "reader", "reader as nnunet"}
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -199,7 +201,7 @@ RECIPES = st.fixed_dictionaries(
         "slice_crop": st.sampled_from(["head", "reference"]),
         "slice_extension": st.integers(1, 3),
         "neighbour_slices": st.integers(1, 2),
-        "reorient": st.just(True),
+        "reorient": st.sampled_from([True, "NibabelIOWithReorient", "SimpleITKIOWithReorient"]),
         "compatibility": st.just("nnunet"),
     },
 )
