@@ -18,14 +18,16 @@ from model_folders import small_plan, write_results
 
 pytest.importorskip("nnunetv2")
 
-from nn_arrays import Labels, dataset_json, leaves_nothing, managers, ours, random_case, random_logits
+from nn_arrays import Labels, a_plan, dataset_json, leaves_nothing, managers, ours, random_case, random_logits
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape as their_way_back
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from scipy import ndimage
 from test_parity_import import predictor_of
 
 from ichbench.cases.case import Case, Grid
+from ichbench.cases.cohort import read_cohort
 from ichbench.cases.images import read_labels, write_image
 from ichbench.cases.labels import read_rules
 from ichbench.inference.ensemble import native_probabilities
@@ -37,6 +39,10 @@ from ichbench.prepare.plans_json import TORCH_RESAMPLER, TORCH_SEPARATE, resampl
 from ichbench.prepare.resample import Resampling, resample_image, resample_labels
 
 torch.set_num_threads(1)
+#: seen on AVX2; CI may pin something older
+FUSED = torch.backends.cpu.get_cpu_capability() == "AVX2"
+#: without fused products torch's places are off by another rounding, which raw grey values that rise by tens a voxel show
+TOLERANCE = 1e-4 if FUSED else 1e-3
 HOW: tuple[Resampling, ...] = ("torch", "torch_sepz")
 
 
@@ -88,13 +94,15 @@ def test_the_function_itself(how: Resampling, fresh_seed: int) -> None:
         settings = {"force_separate_z": TORCH_SEPARATE[how]}
         theirs = resample_torch_fornnunet(image, new, spacing, new_spacing, num_threads=1, **settings)  # type: ignore[arg-type]
         found = resample_image(image, tuple(new), spacing, new_spacing, how=how)
-        np.testing.assert_allclose(found, theirs, atol=1e-5, rtol=0, err_msg=f"seed [{fresh_seed}, {number}]")
+        np.testing.assert_allclose(found, theirs, atol=1e-4, rtol=0, err_msg=f"seed [{fresh_seed}, {number}]")
+        if how == "torch" and FUSED:
+            np.testing.assert_array_equal(found, theirs, err_msg=f"seed [{fresh_seed}, {number}]")
         labels = (rng.integers(-1, rng.choice([1, 2, 5, 300]) + 1, shape) * (rng.random(shape) < rng.choice([0.3, 0.9]))).astype(np.int16)
         theirs = resample_torch_fornnunet(labels[None], new, spacing, new_spacing, True, 1, **settings)[0]  # type: ignore[arg-type]
         resized = resample_labels(labels, tuple(new), spacing, new_spacing, how)
         different, compared = different + int((resized != theirs).sum()), compared + theirs.size
     assert compared > 10**6
-    assert different <= 3e-6 * compared
+    assert different <= (0 if how == "torch" and FUSED else 1e-5 * compared)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -112,7 +120,7 @@ def test_drawn_cases(how: Resampling, block: int, fresh_seed: int) -> None:
         data, seg, properties = arrays_of(case, plan, labels)
         prepared = ours(case, plan, labels)
         # one step of single precision is 6e-5 from 512 on, and images without normalisation go to thousands
-        np.testing.assert_allclose(prepared.image_czyx, data, atol=1e-4, rtol=2.5e-7, err_msg=said)
+        np.testing.assert_allclose(prepared.image_czyx, data, atol=TOLERANCE, rtol=2.5e-7, err_msg=said)
         if prepared.labels_zyx is not None:
             np.testing.assert_array_equal(prepared.labels_zyx, seg[0], err_msg=said)
         manager, configuration = torch_managers(plan)
@@ -141,6 +149,28 @@ def test_drawn_cases(how: Resampling, block: int, fresh_seed: int) -> None:
     assert compared > 10**5
     # these logits are made of ties
     assert different <= (1e-5 if how == "torch" else 1e-4) * compared
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_real_head(how: Resampling, shared_data: Path, fresh_seed: int) -> None:
+    """Images and labels of a head CT, and labels of smooth logits on the way back: no voxel differs where products are fused."""
+    cohort = read_cohort(shared_data / "Dataset501_PHE")
+    rng = np.random.default_rng([fresh_seed, 10])
+    case = cohort.load(str(rng.choice(cohort.train_ids)), keep_file_order=True)
+    facts = {"0": {"mean": 55.5, "std": 21.25, "percentile_00_5": 4.0, "percentile_99_5": 103.5}}
+    spacing = np.asarray(case.grid.spacing_zyx_mm) * [0.8, *rng.uniform(1.1, 1.5, 2)]
+    plan, labels = replace(a_plan(spacing, facts=facts), resampling=how), Labels(dict(cohort.labels))
+    data, seg, properties = arrays_of(case, plan, labels)
+    prepared = ours(case, plan, labels)
+    np.testing.assert_allclose(prepared.image_czyx, data, atol=1e-4, rtol=0)
+    assert prepared.labels_zyx is not None
+    np.testing.assert_array_equal(prepared.labels_zyx, seg[0])
+    smooth = ndimage.gaussian_filter(rng.normal(size=(2, *prepared.geometry.shape)), (0, 1, 2, 2))
+    logits = (40 * smooth).astype(np.float16)
+    manager, configuration = torch_managers(plan)
+    table = manager.get_label_manager(dataset_json(labels))
+    theirs = their_way_back(torch.from_numpy(logits), manager, configuration, table, properties, num_threads_torch=1)
+    assert int((restore_logits(logits, prepared.geometry) != theirs).sum()) <= 2
 
 
 @pytest.mark.parametrize("how", HOW)
