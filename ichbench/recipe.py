@@ -77,8 +77,9 @@ class PrepareRecipe(Strict):
     slice_crop: Literal["off", "head", "reference"] = "off"
     slice_extension: Off | Annotated[int, Field(ge=1)] = "off"
     neighbour_slices: Off | Annotated[int, Field(ge=1)] = "off"
-    #: flip cases to one common orientation (left, posterior, superior) instead of refusing a mixed cohort
-    reorient: bool = False
+    #: flip cases to one common orientation (left, posterior, superior) instead of refusing a mixed cohort; or turn them to right,
+    #: anterior, superior, as the reader of nnU-Net's that is named
+    reorient: bool | Literal["NibabelIOWithReorient", "SimpleITKIOWithReorient"] = False
     #: nnunet: keep the file's axis order, as nnU-Net's SimpleITK reader does
     compatibility: Literal["ichbench", "nnunet"] = "ichbench"
 

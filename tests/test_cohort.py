@@ -357,6 +357,21 @@ def test_cases_that_point_another_way_are_refused_unless_reoriented(nnunet: Path
     assert steady.digest() != cohort.digest()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_cases_are_turned_as_a_reader_of_nnunets_does(nnunet: Path, keep: bool) -> None:
+    turned = AFFINE @ np.diag([-1.0, 1.0, -1.0, 1.0])
+    write_image(nnunet / "imagesTr/b_0000.nii.gz", image_of(2), grid(SHAPE, turned))
+    write_labels(nnunet / "labelsTr/b.nii.gz", labels_of(2), grid(SHAPE, turned))
+    cohort = read_cohort(nnunet, reorient="NibabelIOWithReorient")
+    check_orientations(cohort)
+    case = cohort.load("b", keep_file_order=keep)
+    assert case.grid.axis_codes_zyx == "SAR"
+    np.testing.assert_array_equal(case.image_czyx[0], image_of(2)[::-1, ::-1])
+    assert case.labels_zyx is not None
+    np.testing.assert_array_equal(case.labels_zyx, labels_of(2)[::-1, ::-1])
+    np.testing.assert_array_equal(cohort.load("b", keep_file_order=True, reorient=False).image_czyx[0], image_of(2))
+
+
 def test_digests_see_every_change_and_nothing_else(nnunet: Path, tmp_path: Path) -> None:
     first = read_cohort(nnunet)
     copy = tmp_path / "elsewhere"

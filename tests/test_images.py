@@ -110,6 +110,57 @@ def test_every_axis_order_and_sign_is_read_right_and_written_back_to_the_bit(tmp
         assert (tmp_path / "turned.nii.gz").read_bytes() == copy.read_bytes()
 
 
+@pytest.mark.parametrize("reader", nifti.TURNING_READERS)
+@pytest.mark.parametrize("keep", [False, True])
+def test_turning_as_a_reader_of_nnunets_moves_voxels_and_not_the_patient(tmp_path: Path, reader: str, keep: bool) -> None:
+    """nibabel's own rule is the oracle, also far from the patient's axes; whatever order the array was read in."""
+    for number, (order, signs) in enumerate(all_orders()):
+        turn = np.linalg.qr(RNG.normal(size=(3, 3)))[0] if number % 3 else np.eye(3)
+        columns = np.zeros((3, 3))
+        for axis, world in enumerate(order):
+            columns[world, axis] = signs[axis] * SPACINGS[world]
+        affine = affine_of(turn @ columns, (12.5, -40.25, 7.125))
+        path = save(tmp_path / "a.nii.gz", RNG.normal(size=(3, 4, 5)).astype(np.float32), affine)
+        expected = nibabel.load(path).as_reoriented(nibabel.io_orientation(nibabel.load(path).affine))
+        image, grid = read_image(path, keep_file_order=keep)
+        (turned,), its_grid = reorient([image], grid, path, reader)
+        np.testing.assert_array_equal(turned, np.asarray(expected.dataobj).transpose())
+        np.testing.assert_allclose(its_grid.affine_4x4[:, [2, 1, 0, 3]], expected.affine, atol=1e-5)
+        if reader == nifti.NIBABEL_TURNING:
+            assert its_grid.spacing_zyx_mm == tuple(float(size) for size in expected.header.get_zooms()[::-1])
+        else:
+            assert sorted(its_grid.spacing_zyx_mm) == sorted(grid.spacing_zyx_mm)
+        (twice,), last = reorient([turned], its_grid, path, reader)
+        np.testing.assert_array_equal(twice, turned)
+        assert (last.file_axes, last.file_flips, last.spacing_zyx_mm) == (its_grid.file_axes, its_grid.file_flips, its_grid.spacing_zyx_mm)
+        write_labels(tmp_path / "b.nii.gz", (turned > 0).astype(np.int16), its_grid)
+        written = nibabel.load(tmp_path / "b.nii.gz")
+        np.testing.assert_array_equal(np.asarray(written.dataobj), np.asarray(nibabel.load(path).dataobj) > 0)
+        np.testing.assert_array_equal(written.affine, nibabel.load(path).affine)
+
+
+def test_a_reader_of_nnunets_where_the_file_does_not_say_enough(tmp_path: Path) -> None:
+    """Without a form each of the two libraries has its own default; with two that differ ITK takes now this one, now that."""
+    voxels = RNG.normal(size=(4, 5, 6)).astype(np.float32)
+    path = save(tmp_path / "a.nii.gz", voxels, np.diag([2.0, 0.5, 0.6, 1.0]), sform_code=0, qform_code=0)
+    for reader, back in ((nifti.NIBABEL_TURNING, voxels[::-1]), (nifti.ITK_TURNING, voxels[::-1, ::-1])):
+        with pytest.warns(UserWarning, match=f"a.nii.gz: without sform and qform .* as nnU-Net's {reader} takes them"):
+            (turned,), _ = reorient(*_listed(read_image(path)), path, reader)
+        np.testing.assert_array_equal(turned, back.transpose())
+    image = nibabel.Nifti1Image(voxels, np.eye(4))
+    image.set_sform(np.diag([-1.0, 1.0, 1.0, 1.0]), 2)
+    image.set_qform(np.diag([1.0, 1.0, -1.0, 1.0]), 1)
+    nibabel.save(image, path)
+    (turned,), _ = reorient(*_listed(read_image(path)), path, nifti.NIBABEL_TURNING)
+    np.testing.assert_array_equal(turned, voxels[::-1].transpose())
+    with pytest.raises(InputError, match=r"a\.nii\.gz: its sform and its qform let its axes run to different sides"):
+        reorient(*_listed(read_image(path)), path, nifti.ITK_TURNING)
+
+
+def _listed(found: tuple[np.ndarray, Grid]) -> tuple[list[np.ndarray], Grid]:
+    return [found[0]], found[1]
+
+
 def test_without_sform_and_qform_the_coarsest_axis_is_the_slice_axis(tmp_path: Path) -> None:
     voxels = RNG.integers(0, 9, (4, 5, 6)).astype(np.int16)
     path = save(tmp_path / "a.nii.gz", voxels, np.diag([5.0, 0.5, 0.6, 1.0]), sform_code=0, qform_code=0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from torch.nn.functional import interpolate
 
 from ichbench.prepare import linear
-from ichbench.prepare.linear import linear_rows, linear_taps, resize_labels, resize_linear, taps
+from ichbench.prepare.linear import linear_rows, linear_taps, resize_labels, resize_linear, single_nearest_index, taps
 from ichbench.prepare.resize import nearest_index
 
 SIZES = st.integers(1, 9)
@@ -104,3 +106,51 @@ def test_large_label_maps_with_much_of_one_label(seed: int) -> None:
 def test_a_three_way_tie_that_the_nearest_label_lost_goes_to_the_lowest() -> None:
     block = np.array([3, 1, 1, 1, 2, 2, 2, 3], dtype=np.int16).reshape(2, 2, 2)
     assert resize_labels(block, (1, 1, 1)).item() == 1
+
+
+@given(SHAPES, SHAPES, st.integers(0, 99), st.sampled_from([None, 0, 2]))
+@settings(max_examples=80, deadline=None)
+def test_torchs_rule(before: tuple[int, int, int], after: tuple[int, int, int], seed: int, nearest_axis: int | None) -> None:
+    """torch itself, a last bit apart: processors differ in how they add."""
+    image = np.random.default_rng(seed).normal(size=before).astype(np.float32)
+    expected = image
+    if nearest_axis is not None:
+        shape = [*before]
+        shape[nearest_axis] = after[nearest_axis]
+        expected = interpolate(torch.from_numpy(image)[None, None], shape, mode="nearest-exact")[0, 0].numpy()
+    expected = interpolate(torch.from_numpy(expected)[None, None], after, mode="trilinear")[0, 0].numpy()
+    np.testing.assert_allclose(resize_linear(image, after, nearest_axis, single=True), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_in", [1, 2, 3, 31, 200, 511])
+def test_places_of_torchs_rule_on_long_axes(n_in: int) -> None:
+    """A ramp shows the places: within one rounding of them, which is far less than what double precision would be off."""
+    ramp = np.arange(n_in, dtype=np.float32).reshape(-1, 1, 1)
+    for n_out in (1, 2, 7, 199, 512, 640, 7 * n_in):
+        expected = interpolate(torch.from_numpy(ramp)[None, None], (n_out, 1, 1), mode="trilinear")[0, 0, :, 0, 0].numpy()
+        np.testing.assert_allclose(resize_linear(ramp, (n_out, 1, 1), single=True)[:, 0, 0], expected, rtol=2e-7, atol=1e-6)
+        nearest = interpolate(torch.from_numpy(ramp)[None, None], (n_out, 1, 1), mode="nearest-exact")[0, 0, :, 0, 0].numpy()
+        np.testing.assert_array_equal(single_nearest_index(n_in, n_out), nearest.astype(int))
+
+
+@given(SHAPES, SHAPES, st.integers(0, 999), st.integers(2, 5))
+@settings(max_examples=80, deadline=None)
+def test_labels_by_torchs_rule(before: tuple[int, int, int], after: tuple[int, int, int], seed: int, n: int) -> None:
+    """Brute force over whole volumes: a thousand times each indicator in half precision, the lowest of the largest."""
+    labels = np.random.default_rng(seed).integers(-1, n, before).astype(np.int16)
+    values = np.unique(labels)
+    ours = resize_labels(labels, after, single=True)
+    if after == before:
+        np.testing.assert_array_equal(ours, labels)
+        return
+    heights = np.stack([resize_linear(np.float32(1000) * (labels == value), after, single=True) for value in values]).astype(np.float16)
+    np.testing.assert_array_equal(ours, values[heights.argmax(0)])
+
+
+def test_labels_of_equal_height_go_to_the_lowest() -> None:
+    """Half way between 2 and 1: scipy's rule takes the nearest neighbour's, torch's the lower."""
+    labels = np.array([[[2, 1]]], np.int16)
+    assert resize_labels(labels, (1, 1, 3)).tolist() == [[[2, 1, 1]]]
+    assert resize_labels(labels[..., ::-1].copy(), (1, 1, 3)).tolist() == [[[1, 2, 2]]]
+    for stored in (labels, labels[..., ::-1].copy()):
+        assert resize_labels(stored, (1, 1, 3), single=True)[0, 0, 1] == 1

@@ -16,6 +16,7 @@ from model_folders import REGIONS, small_plan, write_model, write_results
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.images import read_image, write_image
+from ichbench.cases.nifti import TURNING_READERS
 from ichbench.errors import InputError
 from ichbench.inference.model import read_model
 from ichbench.inference.nnunet_export import active_flags, export_nnunet
@@ -209,7 +210,17 @@ def test_every_flag_is_known() -> None:
     assert set(FLAGS) == set(PrepareRecipe.model_fields) - {"compatibility"}
     assert active_flags(PrepareRecipe()) == {}
     assert active_flags(PrepareRecipe(compatibility="nnunet")) == {}
+    assert active_flags(PrepareRecipe(compatibility="nnunet", reorient="NibabelIOWithReorient")) == {}
     assert active_flags(PrepareRecipe(slice_extension=2, reorient=True)) == {"slice_extension": 2, "reorient": True}
+
+
+@pytest.mark.parametrize("reader", TURNING_READERS)
+def test_a_reader_that_turns_files_is_no_flag_but_is_named(tmp_path: Path, reader: str) -> None:
+    model = write_model(tmp_path / "model", small_plan(), overlay={"prepare": {"reorient": reader}})
+    done = export_nnunet(model, tmp_path / "out")
+    assert done.notes == ()
+    assert json.loads((done.folder / "plans.json").read_text())["image_reader_writer"] == reader
+    assert json.loads((done.folder / "dataset.json").read_text())["overwrite_image_reader_writer"] == reader
 
 
 @pytest.mark.parametrize("compatibility", ["ichbench", "nnunet"])

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,10 @@ from model_folders import LABELS, REGIONS, small_plan, write_results
 
 from ichbench.cases.case import Grid
 from ichbench.cases.images import read_labels, write_image
+from ichbench.cases.nifti import TURNING_READERS
 from ichbench.errors import InputError
 from ichbench.inference.model import load_model, predict_path, read_model
+from ichbench.inference.nnunet_export import export_nnunet
 from ichbench.inference.nnunet_import import import_nnunet
 from ichbench.network.weights import read_weights
 
@@ -191,7 +194,7 @@ def architecture(table: dict[str, Any]) -> dict[str, Any]:
         (lambda t: t["configurations"]["3d_fullres"].update(preprocessor_name="Mine"), "preprocessor_name is 'Mine'"),
         (lambda t: t["configurations"].clear(), "no configurations"),
         (lambda t: t["configurations"].update({"2d": t["configurations"].pop("3d_fullres")}), "no configuration '3d_fullres'"),
-        (lambda t: t.update(image_reader_writer="SimpleITKIOWithReorient"), "turned on reading"),
+        (lambda t: t.update(image_reader_writer="MyIOWithReorient"), "turned on reading by 'MyIOWithReorient'.*SimpleITKIOWithReorient"),
         (lambda t: t.update(foreground_intensity_properties_per_channel={}), "channel 0|intensit"),
         (lambda t: t["foreground_intensity_properties_per_channel"]["0"].update(std=math.nan), "channel 0|intensit"),
     ],
@@ -325,6 +328,27 @@ def test_readers_and_trainers_that_matter_are_named(copy: Path, tmp_path: Path) 
     assert "MyTrainer" in second
 
 
+@pytest.mark.parametrize("reader", TURNING_READERS)
+def test_a_reader_that_turns_files_becomes_a_field_and_comes_back(copy: Path, tmp_path: Path, reader: str) -> None:
+    edit(copy / "plans.json", lambda t: t.update(image_reader_writer=reader))
+    edit(copy / "dataset.json", lambda t: t.update(overwrite_image_reader_writer=reader))
+    assert import_nnunet(copy, tmp_path / "out").notes == ()
+    assert read_model(tmp_path / "out").recipe.prepare.reorient == reader
+    exported = export_nnunet(tmp_path / "out", tmp_path / "back")
+    assert json.loads((exported.folder / "plans.json").read_text())["image_reader_writer"] == reader
+    volumes = [np.random.default_rng(channel).normal(40, 20, GRID.shape_zyx) for channel in range(2)]
+    for channel, volume in enumerate(volumes):
+        write_image(tmp_path / f"a_{channel:04d}.nii.gz", volume, GRID)
+        stored = nibabel.load(tmp_path / f"a_{channel:04d}.nii.gz")
+        nibabel.save(stored.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])), tmp_path / f"b_{channel:04d}.nii.gz")
+    model = load_model(tmp_path / "out")
+    masks = [nibabel.load(next(predict_path(model, tmp_path / f"{case}_0000.nii.gz", tmp_path / "masks")).path) for case in "ab"]
+    assert len(np.unique(masks[0].dataobj)) > 1
+    same = [mask.as_reoriented(nibabel.io_orientation(mask.affine)) for mask in masks]
+    np.testing.assert_array_equal(np.asarray(same[0].dataobj), np.asarray(same[1].dataobj))
+    np.testing.assert_allclose(masks[1].affine, nibabel.load(tmp_path / "b_0000.nii.gz").affine)
+
+
 @pytest.fixture
 def cascade(tmp_path: Path) -> Path:
     """The second stage, its first stage beside it; three labels, so three more inputs."""
@@ -346,6 +370,23 @@ def cascade(tmp_path: Path) -> Path:
     edit(folder / "dataset.json", lambda t: t.update(channel_names={"0": "CT"}))
     change(folder, lambda content: content["init_args"].update(configuration="3d_cascade_fullres"))
     return folder
+
+
+def test_both_stages_of_a_cascade_turn_files_or_neither(cascade: Path, tmp_path: Path) -> None:
+    first, second = TURNING_READERS
+    low = cascade.with_name("nnUNetTrainer__nnUNetPlans__3d_lowres")
+    edit(cascade / "plans.json", lambda t: t.update(image_reader_writer=first))
+    refused(cascade, tmp_path, "reads images by SimpleITKIO, the second stage by another class")
+    edit(low / "plans.json", lambda t: t.update(image_reader_writer=second))
+    refused(cascade, tmp_path, f"reads images by {second}, the second stage by another class")
+    edit(low / "plans.json", lambda t: t.update(image_reader_writer=first))
+    import_nnunet(cascade, tmp_path / "model")
+    write_image(tmp_path / "a.nii.gz", np.random.default_rng(1).normal(40, 20, GRID.shape_zyx), GRID)
+    nibabel.save(nibabel.load(tmp_path / "a.nii.gz").slicer[::-1, :, ::-1], tmp_path / "b.nii.gz")
+    model = load_model(tmp_path / "model")
+    masks = [nibabel.load(next(predict_path(model, tmp_path / f"{case}.nii.gz", tmp_path / "masks")).path) for case in "ab"]
+    assert len(np.unique(masks[0].dataobj)) > 1
+    np.testing.assert_array_equal(np.asarray(masks[0].dataobj)[::-1, :, ::-1], np.asarray(masks[1].dataobj))
 
 
 def test_a_cascade_is_imported_with_its_first_stage(cascade: Path, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import interpolate
 
 from ichbench.cases.case import Case, Grid
 from ichbench.cases.images import read_image, read_labels
@@ -26,9 +28,11 @@ from ichbench.prepare.pipeline import (
     prepare_case,
     restore_labels,
     restore_logits,
+    restore_scores,
     roundtrip,
 )
 from ichbench.prepare.plan import Plan, make_plan
+from ichbench.prepare.resample import Resampling
 from ichbench.prepare.window import ConstantImageWarning
 from ichbench.recipe import Downsample, PlanRecipe, PrepareRecipe, Threshold, Window
 
@@ -84,6 +88,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     "extension": {"slice_extension": 2},
     "neighbours": {"neighbour_slices": 1},
     "reorient": {"reorient": True},
+    "reader": {"reorient": "NibabelIOWithReorient"},
+    "reader as nnunet": {"reorient": "SimpleITKIOWithReorient", "compatibility": "nnunet"},
     "file order": {"compatibility": "nnunet"},
     "all": {
         "window": SWAPPED,
@@ -96,7 +102,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 #: fields that change nothing on this case, which already lies as they want it
-TRIVIAL = {"none", "file order"}
+TRIVIAL = {"none", "file order", "reader", "reader as nnunet"}
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -199,7 +205,7 @@ RECIPES = st.fixed_dictionaries(
         "slice_crop": st.sampled_from(["head", "reference"]),
         "slice_extension": st.integers(1, 3),
         "neighbour_slices": st.integers(1, 2),
-        "reorient": st.just(True),
+        "reorient": st.sampled_from([True, "NibabelIOWithReorient", "SimpleITKIOWithReorient"]),
         "compatibility": st.just("nnunet"),
     },
 )
@@ -395,3 +401,38 @@ def test_logits_come_back_from_the_plans_spacing_by_linear_interpolation() -> No
     logits = np.zeros((2, 2, 4, 4), np.float32)
     logits[1] = np.array([-1.0, -1.0, 4.0, 4.0])
     assert np.flatnonzero(restore_logits(logits, geometry)[0, 0]).tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("thick", [1.0, 5.0])
+@pytest.mark.parametrize("how", ["torch", "torch_sepz"])
+def test_torchs_resampling_there_and_back(thick: float, how: Resampling) -> None:
+    """torch itself is the oracle; slices of 5 mm are resampled apart by the rule of thick slices, and only by that."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag([thick, 0.9, 0.8])
+    case = head((9, 40, 36), affine)
+    plan = replace(plan_for([case], PrepareRecipe()), spacing=(thick * 0.7, 1.3, 0.6), transpose_forward=(0, 1, 2), resampling=how)
+    prepared = prepare_case(case, PrepareRecipe(), plan)
+    geometry = prepared.geometry
+    assert Geometry.from_json(json.loads(json.dumps(geometry.to_json()))) == geometry
+    assert "resampling" not in replace(geometry, resampling="spline").to_json()
+
+    def resized(volume: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        values = torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None]
+        if how == "torch" or thick == 1:
+            return interpolate(values, shape, mode="trilinear")[0, 0].numpy()
+        in_plane = interpolate(values, (values.shape[2], *shape[1:]), mode="trilinear")
+        return interpolate(in_plane, shape, mode="nearest-exact")[0, 0].numpy()
+
+    inside = tuple(slice(*span) for span in geometry.box)
+    whole = normalised(case, plan)[0][inside].astype(np.float32)
+    np.testing.assert_allclose(prepared.image_czyx[0], resized(whole, geometry.shape), atol=1e-5)
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3, *geometry.shape)).astype(np.float16)
+    native = np.stack([resized(one, geometry.cropped_shape) for one in logits])
+    np.testing.assert_allclose(restore_scores(logits, geometry)[(slice(None), *inside)], native, atol=1e-5)
+    assert restore_scores(logits, geometry).dtype == np.float32
+    back, sure = restore_logits(logits, geometry)[inside], np.sort(native, axis=0)
+    assert ((back == native.argmax(0)) | (sure[-1] - sure[-2] < 1e-5)).all()
+    # the usual resampling takes the same linear way back, but for thick slices
+    usual = restore_logits(logits, replace(geometry, resampling="spline"))[inside]
+    assert (back != usual).mean() > 0.05 if how == "torch" and thick > 1 else (back != usual).mean() < 1e-3

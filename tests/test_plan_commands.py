@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import nibabel
 import numpy as np
@@ -13,10 +14,11 @@ from test_cli import call, one_line
 from typer.testing import CliRunner
 
 from ichbench.cases.cohort import read_cohort
+from ichbench.cases.nifti import TURNING_READERS
 from ichbench.cli import app
 from ichbench.errors import InputError
 from ichbench.prepare.fingerprint import STATISTICS, Fingerprint, combine, fingerprint, read_fingerprint
-from ichbench.prepare.nnunet_files import check_expressible, dataset_table, reader_of
+from ichbench.prepare.nnunet_files import check_expressible, dataset_table, reader_of, side_files
 from ichbench.prepare.pipeline import flagged_case
 from ichbench.prepare.plans_read import plans_of, read_plans
 from ichbench.prepare.survey import cohort_fingerprint, cohort_plan, cohort_plans, label_counts
@@ -242,20 +244,74 @@ def test_channels_out_of_order_are_refused_under_the_switch(small_phantom: Path,
     assert cohort_plan(read_cohort(folder), found, as_nnunet, PlanRecipe()).normalization[1] == "CTNormalization"
 
 
-@pytest.mark.parametrize("reader", ["NibabelIOWithReorient", "FooIO", 3])
+@pytest.mark.parametrize("reader", ["MyIOWithReorient", "FooIO", 3])
 def test_readers_that_read_other_voxels_are_refused(small_phantom: Path, tmp_path: Path, reader: object) -> None:
     folder = declaring(small_phantom, tmp_path / "turned", overwrite_image_reader_writer=reader)
     for arguments in (["--out", tmp_path / "pre"], ["--compatibility", "nnunet"]):
         for command in ("plan", "fingerprint"):
             message = refused(command, folder, *arguments)
             assert f"overwrite_image_reader_writer is '{reader}'" in message
-            assert "SimpleITKIO and NibabelIO" in message
+            assert "SimpleITKIO, NibabelIO, NibabelIOWithReorient and SimpleITKIOWithReorient" in message
     assert not (tmp_path / "pre").exists()
 
 
 @pytest.mark.parametrize(("reader", "expected"), [("None", "SimpleITKIO"), (None, "SimpleITKIO"), ("NibabelIO", "NibabelIO")])
 def test_readers_that_are_obeyed(small_phantom: Path, tmp_path: Path, reader: str | None, expected: str) -> None:
     assert reader_of(read_cohort(declaring(small_phantom, tmp_path / "named", overwrite_image_reader_writer=reader))) == expected
+
+
+def flipped(folder: Path, case: str) -> None:
+    """Store a case's files back to front and upside down; they lie where they lay."""
+    for path in (folder / f"imagesTr/{case}_0000.nii.gz", folder / f"labelsTr/{case}.nii.gz"):
+        nibabel.save(nibabel.load(path).slicer[:, ::-1, ::-1], path)
+
+
+@pytest.mark.usefixtures("fewer_draws")
+@pytest.mark.parametrize("reader", TURNING_READERS)
+def test_a_reader_that_turns_files_is_obeyed(small_phantom: Path, tmp_path: Path, reader: str) -> None:
+    """One case is stored the other way round: the fingerprint does not change, and what is written names the reader."""
+    folder = declaring(small_phantom, tmp_path / "turned", overwrite_image_reader_writer=reader)
+    cohort = read_cohort(folder, reorient=reader)
+    recipe = PrepareRecipe(compatibility="nnunet", reorient=reader)  # type: ignore[arg-type]
+    before = cohort_fingerprint(cohort, cohort.train_ids, recipe).to_json()
+    volume = cohort.load(cohort.train_ids[0], keep_file_order=True).image_czyx
+    flipped(folder, cohort.train_ids[0])
+    np.testing.assert_array_equal(cohort.load(cohort.train_ids[0], keep_file_order=True).image_czyx, volume)
+    # without the switch the cohort is ours to read, and ours do not mix
+    assert "must agree" in refused("plan", folder, "--workers", "1")
+    for switch in (["--compatibility", "nnunet"], []):
+        out = tmp_path / f"pre{len(switch)}"
+        done = CliRunner().invoke(app, ["plan", str(folder), "--out", str(out), "--workers", "1", *switch])
+        assert done.exit_code == 0, done.output
+        assert f"dataset.json names {reader}: cases are turned as it turns them" in done.output
+        assert json.loads((out / "nnUNetPlans.json").read_text())["image_reader_writer"] == reader
+        if switch:
+            assert json.loads((out / "dataset_fingerprint.json").read_text()) == json.loads(json.dumps(before))
+
+
+def test_a_recipe_that_turns_otherwise_than_the_cohort_says(small_phantom: Path, tmp_path: Path) -> None:
+    first, second = TURNING_READERS
+    folder = declaring(small_phantom, tmp_path / "turned", overwrite_image_reader_writer=first)
+    plain = declaring(small_phantom, tmp_path / "plain", overwrite_image_reader_writer="SimpleITKIO")
+    assert reader_of(read_cohort(small_phantom, reorient=second)) == second
+    assert side_files(read_cohort(small_phantom, reorient=second))["dataset.json"].count(second) == 1
+    assert reader_of(read_cohort(folder, reorient=first)) == first
+    for source, reorient, said in (
+        (folder, False, f"is '{first}', but prepare.reorient is false, .*set prepare.reorient = '{first}'"),
+        (folder, True, f"is '{first}', but prepare.reorient is true, .*set prepare.reorient = '{first}'"),
+        (folder, second, f"is '{first}', but prepare.reorient is '{second}', .*set prepare.reorient = '{first}'"),
+        (plain, first, f"is 'SimpleITKIO', but prepare.reorient is '{first}', .*name '{first}' there, or leave reorient out"),
+    ):
+        with pytest.raises(InputError, match=said):
+            reader_of(read_cohort(source, reorient=reorient))  # type: ignore[arg-type]
+    arm = tmp_path / "arm.toml"
+    arm.write_text(f'why = "x"\n[prepare]\ncompatibility = "nnunet"\nreorient = "{second}"\n')
+    assert "set prepare.reorient" in refused("plan", folder, "--recipe", arm, "--workers", "1")
+    # training does not change a recipe: it must say so itself
+    arm.write_text('why = "x"\n[prepare]\ncompatibility = "nnunet"\n')
+    train = ["train", folder, "--recipe", arm, "--fold", "full", "--preset", "smoke", "--out", tmp_path / "out"]
+    assert f"set prepare.reorient = '{first}'" in refused(*train)
+    assert TURNING_READERS == get_args(get_args(PrepareRecipe.model_fields["reorient"].annotation)[1])
 
 
 def test_a_label_map_cannot_be_said_to_nnunet(small_phantom: Path, tmp_path: Path) -> None:

@@ -113,11 +113,48 @@ def changed(**values: Any) -> dict[str, Any]:
     return plans
 
 
+def torch_settings(force_separate_z: bool | None, **more: object) -> dict[str, Any]:
+    """What nnU-Net's planners named torchres write, and more."""
+    found: dict[str, Any] = {}
+    for kind in ("data", "seg", "probabilities"):
+        found[f"resampling_fn_{kind}"] = "resample_torch_fornnunet"
+        settings = {"is_seg": kind == "seg", "force_separate_z": force_separate_z, "memefficient_seg_resampling": False}
+        found[f"resampling_fn_{kind}_kwargs"] = settings | more
+    return found
+
+
+@pytest.mark.parametrize(("force", "how"), [(False, "torch"), (None, "torch_sepz")])
+def test_plans_that_resample_by_torch(force: bool | None, how: str) -> None:
+    """Read, kept in plan.json, and written again as they came; what is left out counts as torch's function has it."""
+    for values in (torch_settings(force), torch_settings(force, num_threads=2)):
+        plan = plan_of(changed(**values), "3d_fullres", DATASET)
+        assert plan.resampling == how
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    written = plans_table({"3d_fullres": plan}, Fingerprint(((1.0, 1.0, 1.0),), ((9, 9, 9),), {}, 1.0), "x")["configurations"]["3d_fullres"]
+    assert {key: written[key] for key in torch_settings(force)} == torch_settings(force)
+    lacking = torch_settings(force)
+    for kind in ("data", "probabilities"):
+        lacking[f"resampling_fn_{kind}_kwargs"] = {} if force is None else {"force_separate_z": force}
+    assert plan_of(changed(**lacking), "3d_fullres", DATASET).resampling == how
+    usual = plan_of(table(), "3d_fullres", DATASET)
+    assert usual.resampling == "spline"
+    assert "resampling" not in usual.to_json()
+    with pytest.raises(InputError, match="resampling is 'cubic'; known are spline, torch, torch_sepz"):
+        Plan.from_json(plan.to_json() | {"resampling": "cubic"})
+
+
 REFUSED = [
     ({"network_class_name": "os.system"}, "the network is 'os.system'; PlainConvUNet and ResidualEncoderUNet can be read"),
     ({"network_class_name": "nnunetv2.Primus"}, "the network is 'nnunetv2.Primus'"),
     ({"preprocessor_name": "Mine"}, "preprocessor_name is 'Mine', but only 'DefaultPreprocessor' is built here"),
     ({"resampling_fn_data": "resample_torch_fornnunet"}, "resampling_fn_data is 'resample_torch_fornnunet'"),
+    ({"resampling_fn_probabilities": "no_resampling_hack"}, "resampling_fn_probabilities is 'no_resampling_hack', but only"),
+    (torch_settings(True), "resampling_fn_data_kwargs is {'is_seg': False, 'force_separate_z': True"),
+    (torch_settings(False, mode="nearest"), "'mode': 'nearest'}, but only {'is_seg': False, 'force_separate_z': False, "),
+    (torch_settings(False, memefficient_seg_resampling=True), "resampling_fn_data_kwargs is"),
+    (torch_settings(False, device="cuda"), "resampling_fn_data_kwargs is"),
+    (torch_settings(False) | {"resampling_fn_seg_kwargs": {"is_seg": True}}, "for all three with one force_separate_z, is built here"),
+    (torch_settings(None) | {"resampling_fn_seg_kwargs": {}}, "resampling_fn_seg_kwargs is {}, but only"),
     ({"resampling_fn_seg_kwargs": {"order": 0}}, "resampling_fn_seg_kwargs is"),
     # what is left out counts as nnU-Net's function has it: force_separate_z = False, and order = 3 for masks too
     ({"resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0}}, "resampling_fn_data_kwargs is"),

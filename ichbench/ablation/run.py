@@ -24,6 +24,7 @@ from ichbench.cases.cohort import Cohort, check_orientations, read_cohort
 from ichbench.cases.files import check_writable, read_table, write_atomically
 from ichbench.cases.splits import write_splits
 from ichbench.errors import InputError
+from ichbench.prepare.nnunet_files import reader_of
 from ichbench.recipe import check_loss, check_precision
 
 #: the embedded default cohort. Its seed was chosen so that all five kinds of bleed are in training and test, and that no test case is
@@ -73,6 +74,9 @@ def open_cohort(path: Path, study: Study) -> Cohort:
     for arm in study.arms:
         if arm.recipe.inference.predictor not in UNTRAINED:
             check_loss(arm.recipe.training, cohort.rules.outputs, cohort.rules.has_regions, f"arm {arm.name}: ")
+    for arm in study.arms:
+        if arm.recipe.prepare.compatibility == "nnunet":
+            reader_of(replace(cohort, reorient=arm.recipe.prepare.reorient))
     if not all(arm.recipe.prepare.reorient or arm.recipe.prepare.compatibility == "nnunet" for arm in study.arms):
         check_orientations(cohort)
     return cohort

@@ -38,13 +38,14 @@ class Task:
         return model.model_validate_json(json.dumps(self.spec[name]))
 
 
-def _mask(folder: Path, name: str, keep_file_order: bool, turn: bool) -> Any:
+def _mask(folder: Path, name: str, keep_file_order: bool, turn: bool | str) -> Any:
     """A predicted mask as `Cohort.load` reads its case."""
     from ichbench.cases.images import read_labels, reorient
 
     path = folder / f"{name}.nii.gz"
     labels, grid = read_labels(path, keep_file_order)
-    return reorient([labels], grid, path)[0][0] if turn and not keep_file_order else labels
+    turned = isinstance(turn, str) or (turn and not keep_file_order)
+    return reorient([labels], grid, path, turn)[0][0] if turned else labels
 
 
 def _check_digests(cohort: Cohort, expected: dict[str, str]) -> None:

@@ -31,7 +31,7 @@ class Cohort:
     channel_names  one per image channel; "CT" means Hounsfield units
     rules          labels or regions, and the ignore label
     label_map      applied to label files on reading (for example BHSD's 1-5 -> 1); values not named stay
-    reorient       turn every case to (z superior, y posterior, x left) on loading
+    reorient       turn every case to (z superior, y posterior, x left) on loading, or as nnU-Net's reader of that name does
     """
 
     name: str
@@ -40,7 +40,7 @@ class Cohort:
     rules: LabelRules
     label_map: dict[int, int] | None
     records: tuple[CaseRecord, ...]
-    reorient: bool = False
+    reorient: bool | str = False
     #: the folder or file it was read from; reading that again gives the same cohort
     source: Path | None = None
     _cache: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -81,10 +81,11 @@ class Cohort:
                 return record
         raise InputError(f"cohort {self.name}: no case {case_id!r}; its {len(self.records)} cases run from {self.records[0].id!r} on")
 
-    def load(self, case_id: str, keep_file_order: bool = False, with_labels: bool = True, reorient: bool | None = None) -> Case:
+    def load(self, case_id: str, keep_file_order: bool = False, with_labels: bool = True, reorient: bool | str | None = None) -> Case:
         """Read one case: channels stacked to (c, z, y, x), labels mapped and checked against the declared set.
 
-        keep_file_order  axes as the file has them, reversed (compatibility "nnunet"); orientation is then not looked at
+        keep_file_order  axes as the file has them, reversed (compatibility "nnunet"); orientation is then not looked at,
+                         unless a reader of nnU-Net's is to turn the case
         with_labels      False leaves `labels_zyx` None without opening the file
         reorient         overrides the cohort's own setting
         Raises `InputError`, naming both files and both values, where channels or mask do not lie on the same grid, and
@@ -98,11 +99,11 @@ class Cohort:
                 "the digest covers voxels, geometry and labels: restore the files or correct the column sha256"
             )
         case = self._read(record, keep_file_order, with_labels)
-        if keep_file_order:
+        if keep_file_order and not isinstance(turn, str):
             return case
         if turn:
             volumes = [*case.image_czyx, *([] if case.labels_zyx is None else [case.labels_zyx])]
-            turned, grid = reorient_volumes(volumes, case.grid, record.images[0])
+            turned, grid = reorient_volumes(volumes, case.grid, record.images[0], turn)
             n_channels = len(record.images)
             return Case(case_id, np.stack(turned[:n_channels]), turned[n_channels] if len(turned) > n_channels else None, grid)
         expected = self._axis_codes()
@@ -185,7 +186,7 @@ class Cohort:
         return mapped
 
 
-def read_cohort(folder_or_csv: Path, reorient: bool = False) -> Cohort:
+def read_cohort(folder_or_csv: Path, reorient: bool | str = False) -> Cohort:
     """Read an nnU-Net raw folder, an INSTANCE folder or a `cohort.csv` (see `folders.describe`); no image is opened."""
     source = Path(folder_or_csv)
     found: Description = describe(source)

@@ -21,12 +21,14 @@ from ichbench.cases.case import GEOMETRY_TOLERANCE_MM, FloatArray, Grid
 from ichbench.cases.files import BoundedReader, gzip_bytes, write_atomically
 from ichbench.cases.nifti import (
     GEOMETRY_FIELDS,
+    NIBABEL_TURNING,
     FileGeometry,
     geometry_of,
     parse_header,
     read_header,
     scaling,
     shape_ijk_of,
+    turn_to_ras,
     voxel_offset,
     voxel_type,
 )
@@ -121,11 +123,16 @@ def write_image(path: Path, image_zyx: NDArray[Any], grid: Grid) -> None:
     _write(Path(path), image, grid, np.dtype("<i2" if fits else "<f4"))
 
 
-def reorient(volumes_zyx: list[NDArray[Any]], grid: Grid, source: object = "a file") -> tuple[list[NDArray[Any]], Grid]:
+def reorient(
+    volumes_zyx: list[NDArray[Any]], grid: Grid, source: object = "a file", how: bool | str = True
+) -> tuple[list[NDArray[Any]], Grid]:
     """Turn volumes that share `grid` so that z runs to superior, y to posterior and x to the left ("SPL", INSTANCE's
     orientation), by permuting and flipping axes only; the new grid still writes masks back in the file's own order.
+    `how` may name a reader of nnU-Net's (`nifti.TURNING_READERS`): then to superior, anterior and right, as that one turns a file.
     `source` begins the message of the InputError for a file that does not say where its axes point."""
     old = None if grid.header is None else parse_header(grid.header)
+    if isinstance(how, str):
+        return _as_reader(volumes_zyx, grid, source, how)
     if old is not None and not geometry_of(old).oriented:
         raise InputError(
             f"{source}: without sform and qform it does not say where its axes point, so it cannot be reoriented; write one of them"
@@ -133,6 +140,29 @@ def reorient(volumes_zyx: list[NDArray[Any]], grid: Grid, source: object = "a fi
     codes = grid.axis_codes_zyx
     order = tuple(next(k for k in range(3) if codes[k] in pair) for pair in ("SI", "PA", "LR"))
     turned = (codes[order[0]] != "S", codes[order[1]] != "P", codes[order[2]] != "L")
+    return _turn(volumes_zyx, grid, (order[0], order[1], order[2]), turned)
+
+
+def _as_reader(volumes_zyx: list[NDArray[Any]], grid: Grid, source: object, reader: str) -> tuple[list[NDArray[Any]], Grid]:
+    """`reorient` by nnU-Net's rule, which looks at the file's own axes; what was turned so already stays as it is."""
+    header = None if grid.header is None else parse_header(grid.header)
+    to_file = (grid.file_axes.index(0), grid.file_axes.index(1), grid.file_axes.index(2))
+    affine_ijk = _flipped(grid.affine_4x4, grid.shape_zyx, grid.file_flips)[:, [*to_file, 3]]
+    (x, y, z), (x_back, y_back, z_back) = turn_to_ras(source, header, affine_ijk, reader)
+    order = to_file[z], to_file[y], to_file[x]
+    turned = tuple(grid.file_flips[axis] != back for axis, back in zip(order, (z_back, y_back, x_back), strict=True))
+    volumes, new = _turn(volumes_zyx, grid, order, (turned[0], turned[1], turned[2]))
+    if reader == NIBABEL_TURNING and (new.file_axes != (2, 1, 0) or any(new.file_flips)):
+        # nibabel writes a new header for an image that it turns, with the voxel size of the affine
+        sizes = np.linalg.norm(new.affine_4x4[:3, :3], axis=0).astype(np.float32)
+        new = replace(new, pixdim_zyx_mm=(float(sizes[0]), float(sizes[1]), float(sizes[2])))
+    return volumes, new
+
+
+def _turn(
+    volumes_zyx: list[NDArray[Any]], grid: Grid, order: tuple[int, int, int], turned: tuple[bool, bool, bool]
+) -> tuple[list[NDArray[Any]], Grid]:
+    """Axis k taken from axis order[k], then reversed if turned[k]."""
     flips = tuple(slice(None, None, -1) if flip else slice(None) for flip in turned)
     volumes = [np.ascontiguousarray(np.transpose(volume, order)[flips]) for volume in volumes_zyx]
     shape = _permuted(grid.shape_zyx, order)

@@ -123,7 +123,7 @@ def _measured(
     from ichbench.cases.cohort import read_cohort
     from ichbench.overlays import make_recipe
     from ichbench.prepare.fingerprint import read_fingerprint
-    from ichbench.prepare.nnunet_files import check_expressible, reader_of
+    from ichbench.prepare.nnunet_files import check_expressible, reader_of, turning_reader
     from ichbench.prepare.survey import cohort_fingerprint
     from ichbench.scoring.folders import available_cores
 
@@ -131,6 +131,11 @@ def _measured(
     switch = {} if compatibility is None else {"prepare": {"compatibility": compatibility}}
     chosen = make_recipe(below, switch, overlay or {}, source="command line" if arm is None else arm)
     found = read_cohort(cohort, reorient=chosen.prepare.reorient)
+    reader = turning_reader(found) if for_nnunet or chosen.prepare.compatibility == "nnunet" else None
+    if reader is not None and chosen.prepare.reorient is False:
+        typer.echo(f"dataset.json names {reader}: cases are turned as it turns them (prepare.reorient = {reader!r}).\n")
+        chosen = chosen.model_copy(update={"prepare": chosen.prepare.model_copy(update={"reorient": reader})})
+        found = read_cohort(cohort, reorient=chosen.prepare.reorient)
     if not found.train_ids:
         raise InputError(f"{cohort}: has no training cases, which are what is measured")
     if for_nnunet:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ichbench.cases.case import Case
+from ichbench.cases.case import Case, Grid
 from ichbench.cases.images import read_image, reorient
 from ichbench.errors import InputError
 from ichbench.recipe import PrepareRecipe
@@ -71,10 +72,11 @@ def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_z
     `recipe.reorient` turns every case to); and notes."""
     keep = recipe.compatibility == "nnunet"
     notes: list[str] = []
-    first, grid = read_image(files[0], keep_file_order=keep)
+    by_reader = recipe.reorient if isinstance(recipe.reorient, str) else None
+    first, grid = _read(files[0], keep, by_reader)
     volumes = [first]
     for path in files[1:]:
-        volume, other = read_image(path, keep_file_order=keep)
+        volume, other = _read(path, keep, by_reader)
         if other.shape_zyx != grid.shape_zyx or not np.allclose(other.spacing_zyx_mm, grid.spacing_zyx_mm, rtol=1e-4):
             raise InputError(
                 f"{files[0]} and {path.name} differ: shape {grid.shape_zyx} and {other.shape_zyx}, spacing {grid.spacing_zyx_mm} and "
@@ -86,9 +88,9 @@ def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_z
             # as in nnU-Net, which compares shape and spacing alone
             notes.append(f"{path.name} lies elsewhere than {files[0].name}; the voxels were taken as they lie")
         volumes.append(volume)
-    if not keep and recipe.reorient:
+    if recipe.reorient is True and not keep:
         volumes, grid = reorient(volumes, grid, files[0])
-    elif not keep and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
+    elif not (keep or by_reader) and axes_zyx is not None and grid.axis_codes_zyx != axes_zyx:
         # the network has only seen heads that lie the way its cohort did; the grid remembers how to write the mask back
         volumes, grid = reorient(volumes, grid, files[0])
         if grid.axis_codes_zyx != axes_zyx:
@@ -97,6 +99,15 @@ def read_case(case_id: str, files: Sequence[Path], recipe: PrepareRecipe, axes_z
                 "store the image in the model's orientation"
             )
     return Case(case_id, np.stack(volumes), None, grid), tuple(notes)
+
+
+def _read(path: Path, keep_file_order: bool, reader: str | None) -> tuple[NDArray[np.float32], Grid]:
+    """One channel; a reader of nnU-Net's turns each file by its own affine."""
+    volume, grid = read_image(path, keep_file_order)
+    if reader is None:
+        return volume, grid
+    (turned,), grid = reorient([volume], grid, path, reader)
+    return turned, grid
 
 
 def _channels(channel_names: Sequence[str]) -> str:

@@ -166,9 +166,10 @@ def _number(members: list[tuple[str, ModelFolder]]) -> dict[str, tuple[str, Mode
 
 
 def active_flags(recipe: PrepareRecipe) -> dict[str, Any]:
-    """The preparation's fields that differ from nnU-Net's own way, which knows none of them."""
+    """The preparation's fields that differ from nnU-Net's own way, which knows none of them (but readers that turn a file)."""
     fields = {name: field.default for name, field in PrepareRecipe.model_fields.items() if name != "compatibility"}
-    return {name: getattr(recipe, name) for name, default in fields.items() if getattr(recipe, name) != default}
+    changed = {name: getattr(recipe, name) for name, default in fields.items() if getattr(recipe, name) != default}
+    return {name: value for name, value in changed.items() if name != "reorient" or not isinstance(value, str)}
 
 
 def _check_exportable(model: ModelFolder, prepared: bool) -> None:
@@ -201,12 +202,17 @@ def _tables(model: ModelFolder, dataset_name: str | None) -> _Tables:
             cohort if re.fullmatch(r"Dataset\d{3}_\w[\w-]*", cohort) else f"Dataset999_{re.sub(r'[^A-Za-z0-9]', '', cohort) or 'model'}"
         )
     plan = _resolved(model)
+    reader = model.recipe.prepare.reorient
     plans = plans_table({plan.configuration: plan}, _fingerprint(model), dataset_name, model.recipe.plan.family)
+    if isinstance(reader, str):
+        plans["image_reader_writer"] = reader
     slope = model.recipe.network.leaky_slope
     if slope != 0.01:
         plans["configurations"][plan.configuration]["architecture"]["arch_kwargs"]["nonlin_kwargs"]["negative_slope"] = slope
-    dataset = {"channel_names": {str(index): name for index, name in enumerate(plan.channels)}}
+    dataset: dict[str, Any] = {"channel_names": {str(index): name for index, name in enumerate(plan.channels)}}
     dataset |= declared(model.rules) | {"numTraining": model.about.get("n_training", 0), "file_ending": ".nii.gz"}
+    if isinstance(reader, str):
+        dataset["overwrite_image_reader_writer"] = reader
     return _Tables(plans, dataset, TRAINER, plan.configuration)
 
 
@@ -301,7 +307,7 @@ def _command(folder: Path, folds: Iterable[str], model: ModelFolder, images: Seq
 
 def _notes(model: ModelFolder) -> list[str]:
     inference, notes = model.recipe.inference, []
-    if model.recipe.prepare.compatibility != "nnunet":
+    if model.recipe.prepare.compatibility != "nnunet" and not isinstance(model.recipe.prepare.reorient, str):
         axes = f" ({model.axes_zyx} along z, y, x)" if model.axes_zyx else ""
         notes.append(
             f"nnU-Net takes the axes of a file as they lie: give it images stored as those of the training cohort{axes}, slices last"

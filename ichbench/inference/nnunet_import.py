@@ -24,6 +24,7 @@ import torch
 
 from ichbench.cases.files import check_writable, is_free, put_in_place, read_json, staged_in, write_atomically
 from ichbench.cases.labels import read_rules
+from ichbench.cases.nifti import TURNING_READERS
 from ichbench.errors import InputError
 from ichbench.inference.model import check_intensities
 from ichbench.network.checkpoint import read_checkpoint
@@ -45,7 +46,7 @@ ARCHITECTURE = frozenset(
     "norm_op norm_op_kwargs dropout_op dropout_op_kwargs nonlin nonlin_kwargs deep_supervision".split()
 )
 #: nnU-Net's readers that take a file's axes as they lie, as ours does under compatibility "nnunet"
-NIFTI_READERS = ("SimpleITKIO", "NibabelIO")
+PLAIN_READERS = ("SimpleITKIO", "NibabelIO")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def import_nnunet(
         made = Path(scratch) / "model"
         try:
             imported = _import_into(made, folder, plans, dataset, checkpoint, names)
-            _import_previous(made / "previous", folder, dataset, imported[0], checkpoint, previous)
+            _import_previous(made / "previous", folder, dataset, imported[0], _turning(plans), checkpoint, previous)
         except RecursionError:
             # what could be read may still be too deep to be written
             raise InputError(f"{folder}: plans.json, dataset.json or a checkpoint nests its entries too deeply; get the original") from None
@@ -90,7 +91,9 @@ def import_nnunet(
     return Imported(out, *imported)
 
 
-def _import_previous(made: Path, folder: Path, dataset: Mapping[str, Any], plan: Plan, checkpoint: str, given: Path | None) -> None:
+def _import_previous(
+    made: Path, folder: Path, dataset: Mapping[str, Any], plan: Plan, turning: str | bool, checkpoint: str, given: Path | None
+) -> None:
     """The first stage below the second one's new folder."""
     stage = plan.previous_stage
     if stage is None:
@@ -111,6 +114,11 @@ def _import_previous(made: Path, folder: Path, dataset: Mapping[str, Any], plan:
     labels = dataset["labels"]
     if first.configuration != stage or first.previous_stage is not None or own["labels"] != labels:
         raise InputError(f"{source} is {first.configuration!r} with the labels {own['labels']}; needed is {stage!r} with {labels}")
+    if _turning(plans) != turning:
+        raise InputError(
+            f"{source} reads images by {plans.get('image_reader_writer')}, the second stage by another class, so that one of them would "
+            "see turned images; plan both stages together"
+        )
 
 
 def _import_into(
@@ -142,7 +150,7 @@ def _import_into(
     mirror: bool | list[int] = list(about.mirror_axes) if about.mirror_axes else False
     recipe = make_recipe(
         {
-            "prepare": {"compatibility": "nnunet"},
+            "prepare": {"compatibility": "nnunet", "reorient": _turning(plans)},
             "plan": {"dims": plan.dims},
             "inference": {"compatibility": "nnunet", "mirror": mirror, "checkpoint": checkpoint},
         },
@@ -220,14 +228,23 @@ def _plan(plans: dict[str, Any], dataset: dict[str, Any], configuration: str, fo
             f"{where}: the network has the setting {unknown[0]} = {kwargs[unknown[0]]!r}, which is not built here; use nnU-Net"
         )
     reader = plans.get("image_reader_writer")
-    if isinstance(reader, str) and reader.endswith("WithReorient"):
-        raise InputError(f"{source}: its images were turned on reading ({reader}), which prediction here does not do; use nnU-Net")
+    if isinstance(reader, str) and reader.endswith("WithReorient") and reader not in TURNING_READERS:
+        raise InputError(
+            f"{source}: its images were turned on reading by {reader!r}, which is not nnU-Net's own; known are "
+            f"{' and '.join(TURNING_READERS)}; use nnU-Net itself for this model"
+        )
     rules = read_rules(dataset["labels"], dataset.get("regions_class_order"), folder / "dataset.json")
     if rules.n_heads != plan.n_classes:
         raise InputError(f"{folder / 'dataset.json'}: its labels need {rules.n_heads} outputs, the plan has {plan.n_classes}")
     check_intensities(plan, where)
     check_topology(plan)
     return plan
+
+
+def _turning(plans: Mapping[str, Any]) -> str | bool:
+    """`prepare.reorient` of a model: nnU-Net's predictor reads and writes by the class that its plans name."""
+    reader = plans.get("image_reader_writer")
+    return reader if isinstance(reader, str) and reader in TURNING_READERS else False
 
 
 def _read_tables(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -269,7 +286,7 @@ def _choose_folds(folder: Path, file: str, asked: Sequence[str] | None) -> tuple
 def _notes(plans: Mapping[str, Any], dataset: Mapping[str, Any], about: _About) -> list[str]:
     notes = []
     reader = dataset.get("overwrite_image_reader_writer", plans.get("image_reader_writer"))
-    if reader not in (None, "None", *NIFTI_READERS):
+    if reader not in (None, "None", *PLAIN_READERS, *TURNING_READERS):
         notes.append(f"its images were read by {reader}; `ichbench predict` reads NIfTI alone, so convert them without changing voxels")
     if not about.trainer.startswith("nnUNetTrainer"):
         notes.append(f"the trainer {about.trainer} is not nnU-Net's own; if it changes more than training, masks may differ")

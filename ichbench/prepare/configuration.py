@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ichbench.cases.files import read_table
 from ichbench.cases.labels import LabelRules
 from ichbench.errors import InputError
+from ichbench.prepare.resample import Resampling
 from ichbench.prepare.topology import Floats, Ints, Network, depth, is_anisotropic
 
 
@@ -34,6 +35,7 @@ class Plan:
     configuration          nnU-Net's name of it
     previous_stage         the configuration whose masks are this network's extra input (cascade), or None
     next_stage             the configurations that its masks are made for
+    resampling             how images, labels and logits change their spacing (`prepare.resample`)
     """
 
     dims: int
@@ -63,6 +65,7 @@ class Plan:
     configuration: str = ""
     previous_stage: str | None = None
     next_stage: tuple[str, ...] = ()
+    resampling: Resampling = "spline"
 
     def __post_init__(self) -> None:
         # plans written before these fields existed were plain and at full resolution
@@ -82,8 +85,9 @@ class Plan:
         return is_anisotropic(self.patch_size)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
+        """Plain JSON values; without the usual resampling, as before there was another."""
+        table = dataclasses.asdict(self)
+        return table if self.resampling != "spline" else {key: value for key, value in table.items() if key != "resampling"}
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Plan:
@@ -94,6 +98,8 @@ class Plan:
         if not needed <= set(table) <= known:
             missing, unknown = sorted(needed - set(table)), sorted(set(table) - known)
             raise InputError(f"not a plan: missing {missing}, unknown {unknown}; prepare the cohort again")
+        if table.get("resampling", "spline") not in get_args(Resampling):
+            raise InputError(f"not a plan: resampling is {table['resampling']!r}; known are {', '.join(get_args(Resampling))}")
         return cls(**{key: _tuples(value) for key, value in table.items()})
 
     def explain(self) -> list[str]:

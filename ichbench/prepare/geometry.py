@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ichbench.prepare.resample import Resampling
+
 Shape = tuple[int, int, int]
 Floats3 = tuple[float, float, float]
 
@@ -34,7 +36,7 @@ class FlagGeometry:
 
 @dataclass(frozen=True)
 class Geometry:
-    """All that `restore_logits` needs. The last six are in the plan's axis order; shapes in voxels, spacings in mm."""
+    """All that `restore_logits` needs. Boxes, shapes (voxels) and spacings (mm) are in the plan's axis order."""
 
     flags: FlagGeometry
     transpose_forward: Shape
@@ -43,6 +45,7 @@ class Geometry:
     spacing_mm: Floats3
     shape: Shape
     new_spacing_mm: Floats3
+    resampling: Resampling = "spline"
 
     @property
     def cropped_shape(self) -> Shape:
@@ -51,8 +54,9 @@ class Geometry:
         return z1 - z0, y1 - y0, x1 - x0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
+        """Plain JSON values; without the usual resampling, as before there was another."""
+        table = dataclasses.asdict(self)
+        return table if self.resampling != "spline" else {key: value for key, value in table.items() if key != "resampling"}
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Geometry:

@@ -12,10 +12,12 @@ from ichbench.cases.files import read_json, write_atomically
 from ichbench.cases.folders import ENDINGS
 from ichbench.cases.images import read_grid
 from ichbench.cases.labels import declared
+from ichbench.cases.nifti import TURNING_READERS
 from ichbench.errors import InputError
 from ichbench.recipe import PrepareRecipe
 
 DATASET, SPLITS = "dataset.json", "splits_final.json"
+READER_KEY = "overwrite_image_reader_writer"
 #: file ending -> nnU-Net's class that reads it
 READERS = {".nii.gz": "SimpleITKIO", ".nii": "NibabelIO"}
 
@@ -39,28 +41,45 @@ def side_files(cohort: Cohort) -> dict[str, str]:
     """What nnU-Net's planning copies beside its plans: dataset.json, and the cohort's own splits where it has them."""
     own = cohort.root / SPLITS
     splits = {SPLITS: own.read_text(encoding="utf-8")} if own.is_file() else {}
-    return {DATASET: json.dumps(dataset_table(cohort), indent=4)} | splits
+    reader = {READER_KEY: cohort.reorient} if isinstance(cohort.reorient, str) else {}
+    return {DATASET: json.dumps(dataset_table(cohort) | reader, indent=4)} | splits
 
 
 def reader_of(cohort: Cohort) -> str:
-    """nnU-Net's class for the cohort's image files: by their ending, unless its dataset.json names one.
+    """nnU-Net's class for the cohort's image files: by their ending, unless its dataset.json names one, or it is read as one that turns.
 
-    Raises `InputError` for a class that would read other voxels than are read here (it turns axes, or is not known).
+    Raises `InputError` for a class that would read other voxels than are read here (it turns axes otherwise, or is not known).
     """
-    named = str(dataset_table(cohort).get("overwrite_image_reader_writer", "None"))
-    if named == "None":
-        return READERS[_ending(cohort)]
-    if named not in READERS.values():
+    named = str(dataset_table(cohort).get(READER_KEY, "None"))
+    if named not in ("None", *READERS.values(), *TURNING_READERS):
         raise InputError(
-            f"{cohort.root / DATASET}: overwrite_image_reader_writer is {named!r}; images are read here as nnU-Net's "
-            f"{' and '.join(READERS.values())} read them, no other way: name one of these or remove the key"
+            f"{cohort.root / DATASET}: {READER_KEY} is {named!r}; images are read here as nnU-Net's "
+            f"{', '.join(READERS.values())}, {' and '.join(TURNING_READERS)} read them, no other way: name one of these or remove the key"
         )
-    return named
+    turning = cohort.reorient if isinstance(cohort.reorient, str) else "None"
+    if turning != named and (named in TURNING_READERS or "None" not in (turning, named)):
+        said = repr(cohort.reorient).lower() if turning == "None" else repr(turning)
+        remedy = f"set prepare.reorient = {named!r}" if named in TURNING_READERS else f"name {turning!r} there, or leave reorient out"
+        raise InputError(
+            f"{cohort.root / DATASET}: {READER_KEY} is {named!r}, but prepare.reorient is {said}, so cases would lie otherwise than in "
+            f"nnU-Net: {remedy}"
+        )
+    if turning != "None":
+        return turning
+    return READERS[_ending(cohort)] if named == "None" else named
+
+
+def turning_reader(cohort: Cohort) -> str | None:
+    """The class that the cohort's dataset.json names, if that one turns axes."""
+    named = dataset_table(cohort).get(READER_KEY)
+    return named if isinstance(named, str) and named in TURNING_READERS else None
 
 
 def check_expressible(cohort: Cohort, prepare: PrepareRecipe) -> None:
     """Raise `InputError` where nnU-Net, given these files, would take something else from the same images."""
     plain = PrepareRecipe(compatibility=prepare.compatibility)
+    if isinstance(prepare.reorient, str):
+        plain = PrepareRecipe(compatibility=prepare.compatibility, reorient=prepare.reorient)
     changed = [name for name in PrepareRecipe.model_fields if getattr(prepare, name) != getattr(plain, name)]
     if changed:
         raise InputError(
@@ -73,7 +92,7 @@ def check_expressible(cohort: Cohort, prepare: PrepareRecipe) -> None:
             f"cohort {cohort.name}: its label_map {mapped} is not known to nnU-Net, which would read the masks as they are; "
             "leave out --out, or write the masks with the new values and remove label_map"
         )
-    if prepare.compatibility == "nnunet":
+    if prepare.compatibility == "nnunet" or isinstance(prepare.reorient, str):
         return
     for case_id in cohort.train_ids:
         path = cohort.record(case_id).images[0]

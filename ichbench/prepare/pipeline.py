@@ -78,7 +78,7 @@ def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]
     if not np.isfinite(case.image_czyx).all():
         raise InputError(f"case {case.id}: the image holds NaN or infinite values; repair the file before preparing it")
     sheared = _sheared_notes(case)
-    working, axes, flips = oriented(case) if recipe.reorient else (case, (0, 1, 2), (False, False, False))
+    working, axes, flips = oriented(case, recipe.reorient) if recipe.reorient else (case, (0, 1, 2), (False, False, False))
     n = working.grid.shape_zyx[0]
     kept = _crop_range(working, recipe, channel_names)
     image, notes = apply_grey_levels(working.image_czyx, recipe, channel_names, case.id)
@@ -95,7 +95,9 @@ def flagged_case(case: Case, recipe: PrepareRecipe, channel_names: Sequence[str]
     flagged = take_slices(flagged, first, stop, extension)
     file_order = (0, 1, 2)
     if recipe.compatibility == "nnunet":
-        file_order = _as_shape([flagged.grid.file_axes.index(axis) for axis in (2, 1, 0)])
+        # what a reader of nnU-Net's has turned goes on as it is
+        if not isinstance(recipe.reorient, str):
+            file_order = _as_shape([flagged.grid.file_axes.index(axis) for axis in (2, 1, 0)])
         flagged = _contiguous(permuted(flagged, file_order))
     slice_back = tuple(float(value) for value in back - first + extension)
     return flagged, FlagGeometry(case.grid.shape_zyx, axes, flips, slice_back, kept, ratio, file_order), (*sheared, *notes)
@@ -120,13 +122,14 @@ def prepare_case(case: Case, recipe: PrepareRecipe, plan: Plan, classes: Sequenc
     notes += _constant_notes(case.id, cropped, normal, plan)
     new_spacing = _as_floats(plan.spacing if plan.dims == 3 else (spacing[0], *plan.spacing))
     shape = _as_shape(resampled_shape(normal.shape[1:], spacing, new_spacing))
-    resampled = resample_image(normal, shape, spacing, new_spacing, order=3)
-    geometry = Geometry(flags, forward, _as_shape(image.shape[1:]), box, spacing, shape, new_spacing)
+    resampled = resample_image(normal, shape, spacing, new_spacing, order=3, how=plan.resampling)
+    geometry = Geometry(flags, forward, _as_shape(image.shape[1:]), box, spacing, shape, new_spacing, plan.resampling)
     channels = np.ascontiguousarray(neighbours(resampled.astype(np.float32, copy=False), plan.neighbour_slices))
     prepared = Prepared(case.id, channels, None, geometry, notes)
     if labels is None:
         return prepared
-    new_labels = np.ascontiguousarray(resample_labels(segmentation, shape, spacing, new_spacing).astype(np.int16, copy=False))
+    resized = resample_labels(segmentation, shape, spacing, new_spacing, plan.resampling)
+    new_labels = np.ascontiguousarray(resized.astype(np.int16, copy=False))
     return replace(prepared, labels_zyx=new_labels, foreground=foreground_locations(new_labels, classes))
 
 
@@ -135,7 +138,7 @@ def restore_logits(logits_czyx: NDArray[np.floating], geometry: Geometry, region
 
     regions  for a network of regions: the label that each head writes, in the order in which they write
              (nnU-Net's `regions_class_order`), where the sigmoid of its score is above one half
-    Half precision in, half precision compared: nnU-Net resamples in float64 and rounds to the type that came.
+    Half precision in, half precision compared: nnU-Net resamples in float64 and rounds to the type that came; by torch, in float32.
     """
     if tuple(logits_czyx.shape[1:]) != geometry.shape:
         raise InputError(f"logits have shape {logits_czyx.shape[1:]}, but the case was prepared to {geometry.shape}")
@@ -145,10 +148,13 @@ def restore_logits(logits_czyx: NDArray[np.floating], geometry: Geometry, region
 
 
 def restore_scores(scores_czyx: NDArray[np.floating], geometry: Geometry) -> NDArray[np.floating]:
-    """Scores (heads, z, y, x) on the prepared grid -> native grid, in its axis order and their own dtype; NaN where none was seen."""
+    """Scores (heads, z, y, x) on the prepared grid -> native grid, in its axis order and their own dtype (float32 after torch's
+    resampling); NaN where none was seen."""
     if tuple(scores_czyx.shape[1:]) != geometry.shape:
         raise InputError(f"scores have shape {scores_czyx.shape[1:]}, but the case was prepared to {geometry.shape}")
-    return restore_each(len(scores_czyx), lambda index, rows: scores_czyx[index, rows], geometry, scores_czyx.dtype)
+    # nnU-Net's torch resampling computes and leaves single precision
+    dtype = scores_czyx.dtype if geometry.resampling == "spline" else np.dtype(np.float32)
+    return restore_each(len(scores_czyx), lambda index, rows: scores_czyx[index, rows], geometry, dtype)
 
 
 def restore_labels(labels_zyx: NDArray[np.integer], geometry: Geometry) -> NDArray[np.int16]:

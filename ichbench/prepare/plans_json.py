@@ -10,6 +10,7 @@ import numpy as np
 
 from ichbench.prepare.configuration import Plan
 from ichbench.prepare.fingerprint import Fingerprint
+from ichbench.prepare.resample import Resampling
 from ichbench.prepare.topology import FAMILIES, Network
 
 NETWORKS: dict[Network, str] = {
@@ -25,6 +26,9 @@ RESAMPLING = {
     "probabilities": {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None},
 }
 RESAMPLER, PREPROCESSOR, LABEL_MANAGER = "resample_data_or_seg_to_shape", "DefaultPreprocessor", "LabelManager"
+#: what nnU-Net's planners named torchres write instead, and what `force_separate_z` says there
+TORCH_RESAMPLER = "resample_torch_fornnunet"
+TORCH_SEPARATE: dict[Resampling, bool | None] = {"torch": False, "torch_sepz": None}
 NORM = {"eps": 1e-5, "affine": True}
 IMPORTED = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 
@@ -70,12 +74,20 @@ def plans_text(table: Mapping[str, Any]) -> str:
     return json.dumps(table, indent=4)
 
 
+def resampling_settings(kind: str, how: Resampling) -> dict[str, Any]:
+    """What nnU-Net's planners write for the resampling of "data", "seg" or "probabilities"."""
+    if how == "spline":
+        return dict(RESAMPLING[kind])
+    return {"is_seg": kind == "seg", "force_separate_z": TORCH_SEPARATE[how], "memefficient_seg_resampling": False}
+
+
 def _configuration(name: str, plans: Mapping[str, Plan], plans_name: str) -> dict[str, Any]:
     plan = plans[name]
     if name == "3d_cascade_fullres" and "3d_fullres" in plans:
         return {"inherits_from": "3d_fullres", "previous_stage": plan.previous_stage}
     # nnU-Net's residual planners share the prepared data of the plain one where the spacing is the same
-    shared = plan.family == "residual" and name in ("2d", "3d_fullres")
+    shared = plan.family == "residual" and name in ("2d", "3d_fullres") and plan.resampling == "spline"
+    resampler = RESAMPLER if plan.resampling == "spline" else TORCH_RESAMPLER
     table: dict[str, Any] = {
         "data_identifier": f"{FAMILIES['plain'].plans_name if shared else plans_name}_{name}",
         "preprocessor_name": PREPROCESSOR,
@@ -85,12 +97,12 @@ def _configuration(name: str, plans: Mapping[str, Plan], plans_name: str) -> dic
         "spacing": list(plan.spacing),
         "normalization_schemes": list(plan.normalization),
         "use_mask_for_norm": list(plan.use_mask_for_norm),
-        "resampling_fn_data": RESAMPLER,
-        "resampling_fn_seg": RESAMPLER,
-        "resampling_fn_data_kwargs": dict(RESAMPLING["data"]),
-        "resampling_fn_seg_kwargs": dict(RESAMPLING["seg"]),
-        "resampling_fn_probabilities": RESAMPLER,
-        "resampling_fn_probabilities_kwargs": dict(RESAMPLING["probabilities"]),
+        "resampling_fn_data": resampler,
+        "resampling_fn_seg": resampler,
+        "resampling_fn_data_kwargs": resampling_settings("data", plan.resampling),
+        "resampling_fn_seg_kwargs": resampling_settings("seg", plan.resampling),
+        "resampling_fn_probabilities": resampler,
+        "resampling_fn_probabilities_kwargs": resampling_settings("probabilities", plan.resampling),
         "architecture": _architecture_table(plan),
         "batch_dice": plan.batch_dice,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -17,7 +17,18 @@ from ichbench.cases.files import read_json
 from ichbench.errors import InputError
 from ichbench.prepare.configuration import Plan
 from ichbench.prepare.normalize import CT_FACTS, NORMALIZERS
-from ichbench.prepare.plans_json import DEPTH_KEY, LABEL_MANAGER, NETWORKS, NORM, PREPROCESSOR, RESAMPLER, RESAMPLING
+from ichbench.prepare.plans_json import (
+    DEPTH_KEY,
+    LABEL_MANAGER,
+    NETWORKS,
+    NORM,
+    PREPROCESSOR,
+    RESAMPLER,
+    RESAMPLING,
+    TORCH_RESAMPLER,
+    resampling_settings,
+)
+from ichbench.prepare.resample import Resampling
 from ichbench.prepare.topology import Ints, Network, feature_map_elements
 
 MOST_STAGES = 32
@@ -26,6 +37,15 @@ MOST_STAGES = 32
 LEAST_MM, MOST_MM, MOST_PATCH_VOXELS, MOST_BATCH = 0.01, 1e5, 2**28, 10**6
 #: what nnU-Net's resampling takes for an entry that its settings lack (nnunetv2 2.8.1, resample_data_or_seg_to_shape)
 RESAMPLER_DEFAULTS = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": False, "separate_z_anisotropy_threshold": 3}
+#: the same of resample_torch_fornnunet; how many threads it takes changes nothing
+TORCH_DEFAULTS = {
+    "is_seg": False,
+    "force_separate_z": None,
+    "memefficient_seg_resampling": False,
+    "separate_z_anisotropy_threshold": 3,
+    "mode": "linear",
+    "aniso_axis_mode": "nearest-exact",
+}
 #: where else a release of nnU-Net says that the same two networks are
 ALIASES: dict[str, Network] = {
     "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet": "residual",
@@ -172,6 +192,7 @@ def _plan(
         configuration=configuration,
         previous_stage=merged.get("previous_stage"),
         next_stage=(next_stage,) if isinstance(next_stage, str) else tuple(next_stage),
+        resampling=_resampling(merged, where),
     )
     _check_consistent(plan, where)
     return plan
@@ -192,20 +213,43 @@ def _check_supported(table: Mapping[str, Any], merged: Mapping[str, Any], kwargs
         "conv_bias": (kwargs.get("conv_bias", True), True),
         "dropout_op": (kwargs.get("dropout_op"), None),
     }
-    for kind, settings in RESAMPLING.items():
-        said[f"resampling_fn_{kind}"] = (merged[f"resampling_fn_{kind}"], RESAMPLER)
-        given = merged[f"resampling_fn_{kind}_kwargs"]
-        if {**RESAMPLER_DEFAULTS, **given} != {**RESAMPLER_DEFAULTS, **settings}:
-            raise InputError(
-                f"{where}: resampling_fn_{kind}_kwargs is {given!r}, but only {settings!r} is built here (what is left out counts as "
-                f"nnU-Net's own default, such as force_separate_z = False); use nnU-Net itself for this model"
-            )
     for scheme in merged["normalization_schemes"]:
         if scheme not in NORMALIZERS:
             raise InputError(f"{where}: the normalization {scheme!r} is not known; known are {', '.join(NORMALIZERS)}")
     for name, (came, allowed) in said.items():
         if came != allowed:
             raise InputError(f"{where}: {name} is {came!r}, but only {allowed!r} is built here; use nnU-Net itself for this model")
+
+
+def _resampling(merged: Mapping[str, Any], where: str) -> Resampling:
+    """The one way in which images, labels and logits are resampled; other settings, and mixtures, are refused."""
+    fitting = {kind: _ways(merged, kind) for kind in RESAMPLING}
+    for how in get_args(Resampling):
+        if all(how in ways for ways in fitting.values()):
+            return cast("Resampling", how)
+    names = {kind: merged[f"resampling_fn_{kind}"] for kind in RESAMPLING}
+    said = ", ".join(f"resampling_fn_{kind} is {name!r}" for kind, name in names.items())
+    allowed = f"{RESAMPLER!r} for all three, or {TORCH_RESAMPLER!r} for all three with one force_separate_z, is"
+    for kind in RESAMPLING:
+        if set(names.values()) in ({RESAMPLER}, {TORCH_RESAMPLER}) and not fitting[kind]:
+            settings = [resampling_settings(kind, how) for how in get_args(Resampling) if (how == "spline") == (names[kind] == RESAMPLER)]
+            said = f"resampling_fn_{kind}_kwargs is {merged[f'resampling_fn_{kind}_kwargs']!r}"
+            allowed = f"{' or '.join(map(repr, settings))} (what is left out counts as the function's own default) is"
+            break
+    raise InputError(f"{where}: {said}, but only {allowed} built here; use nnU-Net itself for this model")
+
+
+def _ways(merged: Mapping[str, Any], kind: str) -> list[str]:
+    """The ways of resampling that the settings for "data", "seg" or "probabilities" mean: one or none."""
+    by_torch = merged[f"resampling_fn_{kind}"] == TORCH_RESAMPLER
+    if not by_torch and merged[f"resampling_fn_{kind}"] != RESAMPLER:
+        return []
+    defaults = TORCH_DEFAULTS if by_torch else RESAMPLER_DEFAULTS
+    given = {**defaults, **merged[f"resampling_fn_{kind}_kwargs"]}
+    if by_torch:
+        given.pop("num_threads", None)
+    ways = [how for how in get_args(Resampling) if (how != "spline") == by_torch]
+    return [how for how in ways if given == {**defaults, **resampling_settings(kind, how)}]
 
 
 def _check_consistent(plan: Plan, where: str) -> None:

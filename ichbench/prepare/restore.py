@@ -57,8 +57,8 @@ def _pieces(scores: Scores, geometry: Geometry) -> Iterator[tuple[tuple[slice, s
     places = [_place(axis, geometry.box[order[axis]], flags) for axis in range(3)]
     axes = None
     if geometry.cropped_shape != geometry.shape:
-        apart = separate_axis(geometry.new_spacing_mm, geometry.spacing_mm)
-        axes = linear_taps(geometry.shape, geometry.cropped_shape, apart)
+        apart = separate_axis(geometry.new_spacing_mm, geometry.spacing_mm, geometry.resampling)
+        axes = linear_taps(geometry.shape, geometry.cropped_shape, apart, single=geometry.resampling != "spline")
     first, position = places[along]
     step = max(1, PIECE // max(1, int(np.prod(geometry.cropped_shape[1:]))))
     for begin in range(0, len(position), step):
@@ -69,7 +69,8 @@ def _pieces(scores: Scores, geometry: Geometry) -> Iterator[tuple[tuple[slice, s
         part[along] = slice(first + begin, first + begin + len(wanted))
 
         def native(index: int, start: int = start, stop: int = stop, here: Sequence[NDArray[np.float64]] = here) -> FloatArray:
-            return _to_native(_resampled(scores, index, axes, start, stop).transpose(order), here)
+            rounded = None if geometry.resampling == "spline" else np.dtype(np.float32)
+            return _to_native(_resampled(scores, index, axes, start, stop, rounded).transpose(order), here)
 
         yield (part[0], part[1], part[2]), native
 
@@ -86,11 +87,13 @@ def _turned(volume: NDArray[Any], flags: FlagGeometry) -> NDArray[Any]:
     return np.ascontiguousarray(flipped.transpose(*range(lead), *(lead + axis for axis in np.argsort(flags.axes))))
 
 
-def _resampled(scores: Scores, index: int, axes: tuple[Taps, Taps, Taps] | None, start: int, stop: int) -> FloatArray:
-    """Rows start..stop-1 of one class at the native spacing, rounded to the precision that the scores came in, as nnU-Net does."""
+def _resampled(
+    scores: Scores, index: int, axes: tuple[Taps, Taps, Taps] | None, start: int, stop: int, rounded: np.dtype[np.floating] | None
+) -> FloatArray:
+    """Rows start..stop-1 of one class at the native spacing, rounded as nnU-Net does; None: to the precision that the scores came in."""
     if axes is None:
         return scores(index, slice(start, stop))
-    dtype = scores(index, slice(0, 1)).dtype
+    dtype = rounded or scores(index, slice(0, 1)).dtype
     return linear_rows(lambda rows: scores(index, rows), axes, start, stop).astype(dtype)
 
 

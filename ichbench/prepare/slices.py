@@ -78,13 +78,14 @@ def neighbours(image_czyx: NDArray[np.float32], n: int) -> NDArray[np.float32]:
     return np.concatenate([image_czyx[:, np.clip(z + offset, 0, len(z) - 1)] for offset in range(-n, n + 1)])
 
 
-def oriented(case: Case) -> tuple[Case, Shape, tuple[bool, bool, bool]]:
-    """The case turned to (superior, posterior, left) by `images.reorient`; also which old axis each new one was, and which were reversed.
+def oriented(case: Case, how: bool | str = True) -> tuple[Case, Shape, tuple[bool, bool, bool]]:
+    """The case turned by `images.reorient` to (superior, posterior, left), or as `how` says there; also which old axis each
+    new one was, and which were reversed.
 
     A case that a reorienting cohort has already turned stays as it is.
     """
     volumes: list[NDArray[Any]] = [*case.image_czyx] if case.labels_zyx is None else [*case.image_czyx, case.labels_zyx]
-    turned, grid = reorient(volumes, case.grid, f"case {case.id}")
+    turned, grid = reorient(volumes, case.grid, f"case {case.id}", how)
     old, new = case.grid, grid.file_axes
     axes = (old.file_axes.index(new[0]), old.file_axes.index(new[1]), old.file_axes.index(new[2]))
     flips = tuple(bool(grid.file_flips[axis] != old.file_flips[axes[axis]]) for axis in range(3))
