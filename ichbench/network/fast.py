@@ -78,10 +78,10 @@ def has_kernels(network: nn.Module) -> bool:
 def _faster(module: nn.Module, tools: Tools | None) -> nn.Module:
     if isinstance(module, NormAct):
         return NativeNormAct(module, tools) if tools else FastNormAct(module)
-    if is_plain(module) and (max(module.kernel_size) == 1 or math.prod(module.kernel_size) * module.in_channels <= FEW):
-        return ProductConv(module, tools)
     if tools and is_native(module):
         return NativeConv(module, tools)
+    if is_plain(module) and (max(module.kernel_size) == 1 or math.prod(module.kernel_size) * module.in_channels <= FEW):
+        return ProductConv(module, tools)
     if is_plain(module):
         return WinogradConv(module)
     if tools and isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d) and is_box(module):

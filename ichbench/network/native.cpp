@@ -201,9 +201,10 @@ inline __attribute__((always_inline)) void rows_by_panel(const float* in, int64_
     }
 }
 
-// (rows, K) times panels (columns / PANEL, K, PANEL) -> (rows, columns)
-void product(const float* in, int64_t in_step, const float* panels, int64_t K, float* out, int64_t out_step, int64_t rows, int64_t columns) {
-    for (int64_t column = 0; column < columns; column += PANEL, out += PANEL, panels += K * PANEL) {
+// (rows, K) times panels (columns / PANEL, panel_rows, PANEL), of whose rows K count -> (rows, columns)
+void product(const float* in, int64_t in_step, const float* panels, int64_t panel_rows, int64_t K, float* out, int64_t out_step, int64_t rows,
+             int64_t columns) {
+    for (int64_t column = 0; column < columns; column += PANEL, out += PANEL, panels += panel_rows * PANEL) {
         int64_t row = 0;
         for (; row + ROWS <= rows; row += ROWS) rows_by_panel<ROWS>(in + row * in_step, in_step, panels, K, out + row * out_step, out_step);
         const float* rest = in + row * in_step;
@@ -246,14 +247,15 @@ struct Convolution {
     bool along_z;    // whether z has points as well
     int64_t taps_z;  // otherwise 1 or 3: as many slices stand beside each other as channels
 
-    int64_t in_step, out_step;                     // channels, filled up to whole vectors and panels
+    int64_t channels_in, in_step, out_step;        // channels, filled up to whole vectors and panels
     int64_t tiles_x, tiles_y, tiles_z, points_z;   // without `along_z` a slice is a tile along z, and its own point
     int64_t rows, bands_y, bands, bands_at_once;   // a band is `rows` rows of tiles of one tile along z of one sample
     int64_t line, slab, answer;                    // elements of a line of a slab, of a slab (one point along z), of its answer
 
     template <class Way>
     void plan(int64_t threads) {
-        in_step = up_to(taps_z * (images[0].channels + images[1].channels), LANES);
+        channels_in = taps_z * (images[0].channels + images[1].channels);
+        in_step = up_to(channels_in, LANES);
         out_step = up_to(channels_out, PANEL);
         tiles_x = (width + OUT - 1) / OUT;
         tiles_y = (height + OUT - 1) / OUT;
@@ -301,7 +303,7 @@ struct Worker {
                 for (int q = 0; q < POINTS * POINTS; q++) {
                     const int64_t value = Way::value_of(q / POINTS) * VALUES + Way::value_of(q % POINTS);
                     const float* panels = c.weights + (value * c.points_z + p) * c.in_step * c.out_step;
-                    product(in.data + q * in_point, c.in_step, panels, c.in_step, out.data + q * out_point, c.out_step, n, c.out_step);
+                    product(in.data + q * in_point, c.in_step, panels, c.in_step, c.channels_in, out.data + q * out_point, c.out_step, n, c.out_step);
                 }
                 to_voxels(first, p, tile, n);
             }
@@ -488,12 +490,9 @@ int winograd(const float* first, int64_t channels_first, const float* second, in
 int up(const float* in, const float* weights, const float* bias, float* out, int64_t slices, int64_t height, int64_t width,
        int64_t channels_in, int64_t channels_out, int64_t box_z, int64_t box_y, int64_t box_x, int64_t threads) {
     const int64_t in_step = up_to(channels_in, LANES), columns = box_z * box_y * box_x * channels_out, out_step = up_to(columns, PANEL);
-    const int64_t K = channels_in;
     return in_parallel(slices * height, threads, [&] {
         return [&, answer = std::make_shared<Buffer>(width * out_step)](int64_t job) {
-            // the panels hold in_step rows each, of which the first K count
-            for (int64_t column = 0; column < out_step; column += PANEL)
-                product(in + job * width * K, K, weights + column * in_step, K, answer->data + column, out_step, width, PANEL);
+            product(in + job * width * channels_in, channels_in, weights, in_step, channels_in, answer->data, out_step, width, out_step);
             const int64_t slice = job / height, y = job % height;
             for (int64_t x = 0; x < width; x++)
                 for (int64_t box = 0; box < box_z * box_y * box_x; box++) {
