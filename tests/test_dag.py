@@ -98,6 +98,17 @@ def test_scoring_does_not_depend_on_training_sources() -> None:
     assert len({sources_digest(kind) for kind in ("prepare", "train", "predict", "score")}) == 4
 
 
+def test_a_step_hangs_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ beside a module is part of it."""
+    sources_digest.cache_clear()
+    before, read = {kind: sources_digest(kind) for kind in ("predict", "score")}, Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"// changed" * (path.name == "native_winograd.h"))
+    sources_digest.cache_clear()
+    assert sources_digest("predict") != before["predict"]
+    assert sources_digest("score") == before["score"]
+    sources_digest.cache_clear()
+
+
 def test_folds_evaluate_on_validation_cases(tmp_path: Path, cohort: Cohort) -> None:
     part = make_part(cohort, "full")
     assert part.train == cohort.train_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import platform
 import shutil
 import stat
 from collections.abc import Iterator
@@ -16,13 +17,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_unet import Plan
 from test_winograd import ANISOTROPIC, NETWORKS, needs_compiler, trained_like
 from torch import Tensor, nn
 
+from ichbench.errors import CaseError
+from ichbench.inference.sliding import gains_from_pairs, predict_logits
 from ichbench.network import fast, native
 from ichbench.network.fast import Buffers, NativeConv, NativeNormAct, NativeUp, fast_network, has_kernels, is_box, is_native
-from ichbench.network.native import Kernels, find_compiler, kernels
+from ichbench.network.native import Kernels, find_compilers, kernels
+from ichbench.network.unet import UNet, make_unet, weights_digest
 from ichbench.network.winograd import WinogradConv
+from ichbench.recipe import InferenceRecipe, NetworkRecipe, TrainingRecipe
+from ichbench.training.optimizers import OPTIMIZERS
 
 #: size along z, strides, points along z
 WAYS = [
@@ -305,8 +312,119 @@ def test_prepared_weights_are_kept_until_weights_change_or_another_network_comes
     assert not len(fast._last)
 
 
+@needs_compiler
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_weights_that_an_optimizer_changed(name: str) -> None:
+    """Fused ones change tensors without torch counting it."""
+    network = trained_like(ANISOTROPIC, 1)
+    x = torch.randn(1, 2, 8, 16, 16)
+    with torch.inference_mode():
+        before = fast_network(network)(x)
+    optimizer = OPTIMIZERS[name](network.parameters(), TrainingRecipe())
+    for _ in range(3):
+        optimizer.zero_grad()
+        answer = network.train()(x)
+        answer[0].square().mean().backward()
+        optimizer.step()
+    network.eval()
+    with torch.inference_mode():
+        assert not torch.allclose(before, network(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(fast_network(network)(x), network(x), rtol=1e-3, atol=1e-3)
+
+
+def test_digest_of_weights_in_any_order_of_memory() -> None:
+    conv = nn.Conv3d(3, 4, 3)
+    digest = weights_digest(conv)
+    assert weights_digest(copy.deepcopy(conv)) == digest
+    conv.weight.data.view(-1)[7] += 1e-3
+    assert weights_digest(conv) != digest
+    last = conv.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    digest = weights_digest(last)
+    with torch.no_grad():
+        last.weight[0, 0], last.weight[0, 1] = last.weight[0, 1].clone(), last.weight[0, 0].clone()
+    assert weights_digest(last) != digest
+
+
+@needs_compiler
+def test_one_network_for_patches_of_two_depths() -> None:
+    network = trained_like(NETWORKS[1], 4)
+    with torch.inference_mode():
+        for depth in (32, 4, 32, 8):
+            x = torch.randn(1, NETWORKS[1].in_channels, depth, 24, 24)
+            torch.testing.assert_close(fast_network(network)(x), network(x), rtol=1e-3, atol=1e-3)
+
+
+@needs_compiler
+def test_other_networks_are_left_as_they_are() -> None:
+    network = trained_like(ANISOTROPIC, 1)
+    fast_one = fast_network(network)
+    assert fast_network(fast_one) is fast_one
+    x = torch.randn(1, 2, 8, 16, 16)
+    with torch.inference_mode():
+        expected = fast_one(x)
+        assert torch.equal(copy.deepcopy(fast_one)(x), expected)
+        normed = plan_network(norm="batch")
+        assert fast_network(normed) is normed
+        assert not normed.training
+        assert fast_network(network.double()) is network
+        # weights that lie apart in memory
+        strided = trained_like(ANISOTROPIC, 1)
+        for module in strided.modules():
+            for key, value in list(module._parameters.items()):
+                if value is not None and value.ndim == 1:
+                    module._parameters[key] = nn.Parameter(value.detach().repeat_interleave(2)[::2])
+        torch.testing.assert_close(fast_network(strided)(x), expected, rtol=0, atol=0)
+        with pytest.raises(TypeError, match="float64"):
+            fast_network(strided)(x.double())
+
+
+def plan_network(norm: Any) -> UNet:
+    return make_unet(ANISOTROPIC, NetworkRecipe(norm=norm)).train()
+
+
+@needs_compiler
+def test_too_little_memory_is_a_failed_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = trained_like(ANISOTROPIC, 1)
+
+    class Tiles:
+        dims, patch_size = 3, (8, 16, 16)
+
+    # 2^60 elements are more than any machine has
+    def far_too_many(x: Tensor, *rest: object) -> None:
+        compiled()._run("norm_act", x, x, x, 2**20, 2**20, 2**20, 1e-5, 0.01, 1)
+
+    monkeypatch.setattr(fast_network(network).encoder[0][0].norm.tools.kernels, "norm_act", far_too_many)  # type: ignore[index, union-attr]
+    with pytest.raises(CaseError, match="case 7: there is not enough memory to predict an image of 8 x 16 x 16 voxels"):
+        predict_logits(network, torch.randn(2, 8, 16, 16).numpy(), Tiles, InferenceRecipe(mirror=False), name="case 7")
+
+
+@needs_compiler
+def test_large_buffers_are_given_back_after_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = trained_like(ANISOTROPIC, 1)
+
+    class Tiles:
+        dims, patch_size = 3, (8, 16, 16)
+
+    def kept() -> int:
+        predict_logits(network, torch.randn(2, 8, 16, 16).numpy(), Tiles, InferenceRecipe(mirror=False))
+        ((_, _, tools),) = fast._last.values()
+        return sum(base.nbytes for base in tools.buffers._free)  # type: ignore[union-attr]
+
+    assert kept() > 10_000
+    monkeypatch.setattr(fast, "KEPT", 10_000)
+    assert 0 <= kept() <= 10_000
+
+
+@needs_compiler
+def test_pairs_are_for_what_torch_convolves() -> None:
+    assert has_kernels(fast_network(trained_like(ANISOTROPIC, 1)))
+    mixed = Plan(3, 2, 3, (6, 12), ((1, 1, 1), (1, 2, 2)), ((1, 1, 3), (3, 3, 3)))
+    assert not has_kernels(fast_network(trained_like(mixed, 1)))
+    assert gains_from_pairs(fast_network(trained_like(mixed, 1)))
+    assert not gains_from_pairs(fast_network(trained_like(ANISOTROPIC, 1)))
+
+
 def test_weights_made_in_inference_mode() -> None:
-    """Torch does not count how often they change."""
     x = torch.randn(1, 2, 8, 16, 16)
     with torch.inference_mode():
         network = copy.deepcopy(trained_like(ANISOTROPIC, 1))
@@ -338,7 +456,7 @@ def test_buffers_serve_again_only_when_nothing_refers_to_them() -> None:
 def test_without_a_compiler_torch_does_it(plan: Any, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert find_compiler() is None
+    assert not find_compilers()
     assert kernels() is None
     network = trained_like(plan, 7)
     found = fast_network(network)
@@ -350,18 +468,40 @@ def test_without_a_compiler_torch_does_it(plan: Any, fresh: None, monkeypatch: p
 
 
 @needs_compiler
-def test_a_compiler_that_fails_or_hangs_is_no_compiler(fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["exit 1", "sleep 400", "exit 0", "for last; do :; done; echo no program > $4; exit 0"])
+def test_a_compiler_that_fails_or_hangs_is_passed_over(text: str, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native, "PATIENCE", 0.5)
-    for text in ("exit 1", "exec sleep 5"):
-        broken = tmp_path / "broken"
-        broken.write_text(f"#!/bin/sh\n{text}\n")
-        broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
-        monkeypatch.setenv("CXX", str(broken))
-        assert find_compiler() == str(broken)
-        kernels.cache_clear()
-        assert kernels() is None
-    assert list((tmp_path / "cache" / "ichbench").iterdir()) == [], "scratch files were left"
+    monkeypatch.setattr(native, "FLAGS", ("-O1", *native.FLAGS[1:]))
+    broken = tmp_path / "broken"
+    broken.write_text(f"#!/bin/sh\n{text}\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(broken))
+    assert find_compilers()[0] == str(broken)
+    if "sleep" in text:
+        monkeypatch.setattr(native, "PATIENCE", 0.5)
+        assert native._made_by(str(broken)) is None
+        running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\0400\0" == path.read_bytes()]
+        assert running == [], "what the compiler started goes on"
+        return
+    assert compiled().compiler != "broken"
+    assert len(list((tmp_path / "cache" / "ichbench").iterdir())) == 1, "a program that does not work was kept"
+    monkeypatch.setattr(native, "COMPILERS", ())
+    kernels.cache_clear()
+    assert kernels() is None
+
+
+@needs_compiler
+def test_a_cache_that_others_can_write_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own = native._cache_folder()
+    assert own == tmp_path / "ichbench"
+    own.chmod(0o777)
+    other = native._cache_folder()
+    assert other != own
+    shutil.rmtree(other)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert native._cache_folder() == tmp_path / "home" / ".cache" / "ichbench"
 
 
 @needs_compiler
@@ -377,14 +517,18 @@ def test_a_compiler_that_fails_or_hangs_is_no_compiler(fresh: None, monkeypatch:
 def test_kernels_that_compute_something_else_are_not_taken(
     right: str, wrong: str, fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    source = native.SOURCE.read_text()
-    assert source.count(right) == 1
-    (tmp_path / "native.cpp").write_text(source.replace(right, wrong))
+    sources = {path.name: path.read_text() for path in native.SOURCE.parent.glob("native*") if path.suffix in (".cpp", ".h")}
+    assert sum(text.count(right) for text in sources.values()) == 1
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text.replace(right, wrong))
     monkeypatch.setattr(native, "SOURCE", tmp_path / "native.cpp")
     # fast to compile, and computes the same
     monkeypatch.setattr(native, "FLAGS", ("-O1", *native.FLAGS[1:]))
+    monkeypatch.setattr(native, "COMPILERS", ("g++",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert kernels() is None
+    assert list((tmp_path / "cache" / "ichbench").iterdir()) == [], "a wrong program was kept"
+    assert "torch's numbers" in native.about_kernels()
     monkeypatch.setattr(native, "is_right", lambda found: True)
     kernels.cache_clear()
     assert kernels() is not None, "it was refused for another reason"
@@ -408,10 +552,14 @@ def test_the_program_is_built_once_in_the_users_cache(fresh: None, monkeypatch: 
     kernels.cache_clear()
     assert kernels() is not None
     assert [file.stat().st_size for file in program.parent.iterdir()] == [len(content)]
-    monkeypatch.setattr(native, "_processor", lambda: b"another")
-    kernels.cache_clear()
-    assert kernels() is not None
-    assert len(list(program.parent.iterdir())) == 2
+    # what torch computes with decides, as ATEN_CPU_CAPABILITY has it, not what the processor could do
+    lanes = {}
+    for capability in ("DEFAULT", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        kernels.cache_clear()
+        lanes[capability] = compiled().lanes
+    if platform.machine() == "x86_64":
+        assert lanes == {"DEFAULT": 4, "AVX2": 8}
 
 
 @needs_compiler

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ichbench.inference.sliding import predict_logits
 from ichbench.network import winograd
 from ichbench.network.fast import FastNormAct, NativeConv, ProductConv, fast_network
-from ichbench.network.native import find_compiler
+from ichbench.network.native import find_compilers
 from ichbench.network.norm import NormAct
 from ichbench.network.unet import UNet, make_unet
 from ichbench.network.winograd import WinogradConv, convolve, is_plain, point_weights, transformed_axes
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 WAYS = [((3, 3, 3), (0, 1)), ((3, 3, 3), (0, 1, 2)), ((1, 3, 3), (1,)), ((1, 3, 3), (1, 2))]
 
 
-needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(not find_compilers(), reason="there is no C++ compiler")
 
 
 @pytest.fixture

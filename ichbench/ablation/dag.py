@@ -284,7 +284,8 @@ def _folder_digest(folder: Path, ids: tuple[str, ...]) -> dict[str, str]:
 
 @cache
 def sources_digest(kind: Kind) -> str:
-    """sha256 over the source files that a stage's result depends on: its modules and all of ichbench that they import."""
+    """sha256 over the source files that a stage's result depends on: its modules and all of ichbench that they import, with the C++ beside
+    a module that has its name."""
     seen: dict[str, bytes] = {}
     queue = list(STAGE_MODULES[kind])
     while queue:
@@ -294,8 +295,10 @@ def sources_digest(kind: Kind) -> str:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             continue
-        source = Path(spec.origin).read_bytes()
-        seen[name] = source
+        path = Path(spec.origin)
+        source = path.read_bytes()
+        compiled = [file for file in sorted(path.parent.glob(f"{path.stem}*")) if file.suffix in (".cpp", ".h")]
+        seen[name] = b"".join([source, *(file.read_bytes() for file in compiled)])
         queue += _imports(source)
     # the glue between stages and files; not its imports, which are all of ichbench
     glue = Path(sys.modules[__name__].__file__ or "").with_name("stages.py").read_bytes()

@@ -71,6 +71,8 @@ def run_notes(dag: Dag, root: Path, finished: Iterable[Result]) -> dict[str, lis
 
 def environment() -> dict[str, Any]:
     """Versions, commit and machine class (no host names, no paths)."""
+    from ichbench.network.native import about_kernels
+
     return {
         "ichbench": version("ichbench"),
         "python": platform.python_version(),
@@ -78,6 +80,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "processor": platform.machine(),
         "system": platform.system(),
+        "kernels": about_kernels(),
     }
 
 

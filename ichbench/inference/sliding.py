@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ichbench.errors import CaseError, InputError
 from ichbench.network.compiled import Compiled, compiled_network
-from ichbench.network.fast import fast_network, has_kernels
+from ichbench.network.fast import fast_network, has_kernels, trim
 from ichbench.network.unet import UNet
 from ichbench.recipe import InferenceRecipe, check_precision
 
@@ -100,23 +100,31 @@ def predict_logits(
     elif isinstance(network, UNet) and is_fast(recipe, device):
         network = fast_network(network)
     flips = mirrorings(recipe.mirror, plan.dims)
-    with torch.inference_mode(), _precision(recipe, device):
-        image = torch.from_numpy(np.ascontiguousarray(image_czyx, dtype=np.float32)).to(device)
-        if recipe.compatibility == "nnunet":
-            logits = _one_by_one(network, image, plan, recipe, flips)
-        elif plan.dims == 2:
-            # slices are the batch: (z, c, y, x) in and out
-            image = image.movedim(1, 0)
-            parts = [_tiled(network, part, plan.patch_size, recipe, flips) for part in torch.split(image, SLICES_AT_ONCE)]
-            logits = torch.cat(parts).movedim(0, 1)
-        else:
-            logits = _tiled(network, image[None], plan.patch_size, recipe, flips)[0]
-        if not all(bool(torch.isfinite(head).all()) for head in logits):
-            half = ", or for logits beyond 65504 / 10, the end of half precision" if recipe.compatibility == "nnunet" else ""
-            raise CaseError(
-                f"{name}: the network gave a logit that is not finite; check the image for NaN and the training for divergence{half}"
-            )
-        return np.ascontiguousarray(logits.cpu().numpy())
+    try:
+        with torch.inference_mode(), _precision(recipe, device):
+            logits = _logits(network, torch.from_numpy(np.ascontiguousarray(image_czyx, dtype=np.float32)).to(device), plan, recipe, flips)
+            if not all(bool(torch.isfinite(head).all()) for head in logits):
+                half = ", or for logits beyond 65504 / 10, the end of half precision" if recipe.compatibility == "nnunet" else ""
+                raise CaseError(
+                    f"{name}: the network gave a logit that is not finite; check the image for NaN and the training for divergence{half}"
+                )
+            return np.ascontiguousarray(logits.cpu().numpy())
+    except MemoryError as error:
+        shape = " x ".join(map(str, image_czyx.shape[1:]))
+        raise CaseError(f"{name}: there is not enough memory to predict an image of {shape} voxels") from error
+    finally:
+        trim()
+
+
+def _logits(network: Network, image: Tensor, plan: PatchPlan, recipe: InferenceRecipe, flips: Sequence[tuple[int, ...]]) -> Tensor:
+    """(c, z, y, x) -> (heads, z, y, x)."""
+    if recipe.compatibility == "nnunet":
+        return _one_by_one(network, image, plan, recipe, flips)
+    if plan.dims == 2:
+        # slices are the batch: (z, c, y, x) in and out
+        parts = [_tiled(network, part, plan.patch_size, recipe, flips) for part in torch.split(image.movedim(1, 0), SLICES_AT_ONCE)]
+        return torch.cat(parts).movedim(0, 1)
+    return _tiled(network, image[None], plan.patch_size, recipe, flips)[0]
 
 
 def mirrorings(mirror: str | bool | tuple[int, ...], dims: int) -> list[tuple[int, ...]]:

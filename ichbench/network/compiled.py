@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ichbench.errors import InputError
-from ichbench.network.native import COMPILERS, find_compiler
-from ichbench.network.unet import UNet, weights_version
+from ichbench.network.native import COMPILERS, find_compilers
+from ichbench.network.unet import UNet, weights_digest
 
 #: programs of one process: models of an ensemble times their folds times shapes of patch times precisions
 PROGRAMS = 256
@@ -41,7 +41,7 @@ class Compiled(nn.Module):
     def __init__(self, network: UNet, setting: str, *, freeze: bool = False, batch_grows: bool = False, insist: bool = True) -> None:
         super().__init__()
         on_cpu = next(network.parameters()).device.type == "cpu"
-        if on_cpu and find_compiler() is None:
+        if on_cpu and not find_compilers():
             raise InputError(
                 f"{setting} needs a C++ compiler: none of {', '.join(COMPILERS)} was found; "
                 "install one, name it in the environment variable CXX, or leave the setting out"
@@ -85,8 +85,8 @@ _predicting: WeakKeyDictionary[UNet, tuple[object, Compiled]] = WeakKeyDictionar
 
 def compiled_network(network: UNet) -> Compiled:
     """`network` compiled for prediction; the program is kept with it, so that it is made once for many images.
-    Weights may change between two calls of this function, but not by way of `.data` or numpy, which torch does not count."""
-    weights = weights_version(network)
+    Weights may change between two calls of this function."""
+    weights = weights_digest(network)
     known, program = _predicting.get(network, (None, None))
     if program is None or known != weights:
         # a copy: frozen weights are known by their tensors alone, so torch would take changed ones in the same tensors for the old

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ichbench.network.native import Kernels, kernels
 from ichbench.network.norm import BatchNormAct, NormAct
-from ichbench.network.unet import UNet, weights_version
+from ichbench.network.unet import UNet, weights_digest
 from ichbench.network.winograd import OUTPUTS, WinogradConv, is_plain
 
 #: elements that a norm works on at a time: they stay in the second-level cache
@@ -33,34 +33,45 @@ BLOCK = 2**17
 ROW = 1024
 #: input channels times taps up to which a convolution is one matrix product over both: an image of one channel, 3 x 3 taps
 FEW = 9
+#: bytes of buffers that are kept from one image to the next: those of a patch of 16 x 128 x 128 voxels and 32 features
+KEPT = 2**29
 
 #: the last network that predicted, the weights that it had then, and its fast form
-_last: WeakKeyDictionary[UNet, tuple[object, UNet]] = WeakKeyDictionary()
+_last: WeakKeyDictionary[UNet, tuple[object, UNet, Tools | None]] = WeakKeyDictionary()
 
 
 def fast_network(network: UNet) -> UNet:
-    """`network` with the same weights (shared, not copied) and faster parts; one with batch norm is given back as it is.
+    """`network` with the same weights (shared, not copied) and faster parts.
 
-    What is made of the weights, five times their memory, is kept for the next image until another network predicts. Weights may change
-    between two calls of this function, but not by way of `.data` or numpy, which torch does not count.
+    One with batch norm, or that is not in float32 on the CPU, is given back as it is. What is made of the weights, five to seven times
+    their memory, is kept for the next image until another network predicts, or this one with other weights.
     """
-    if any(isinstance(module, BatchNormAct) for module in network.modules()):
-        # the parts below rely on a norm that takes every constant away, which stored means do not
+    values = (*network.parameters(), *network.buffers())
+    plain = all(value.dtype == torch.float32 and value.device.type == "cpu" for value in values)
+    # the parts below rely on a norm that takes every constant away, which stored means do not
+    if not plain or any(isinstance(module, (BatchNormAct, *FAST_CONVS)) for module in network.modules()):
         return network.eval()
-    weights = weights_version(network)
-    known, fast = _last.get(network, (None, None))
+    weights = weights_digest(network)
+    known, fast, _ = _last.get(network, (None, None, None))
     if fast is None or known != weights:
         _last.clear()
-        fast = _made_fast(network)
-        _last[network] = weights, fast
+        compiled = kernels()
+        tools = Tools(compiled, Buffers()) if compiled else None
+        fast = _made_fast(network, tools)
+        _last[network] = weights, fast, tools
     return fast
 
 
-def _made_fast(network: UNet) -> UNet:
+def trim() -> None:
+    """After an image: give back what large patches needed beside the weights."""
+    for _, _, tools in _last.values():
+        if tools is not None:
+            tools.buffers.trim()
+
+
+def _made_fast(network: UNet, tools: Tools | None) -> UNet:
     shared = {id(value): value for value in (*network.parameters(), *network.buffers())}
     found = copy.deepcopy(network, shared).eval()
-    compiled = kernels()
-    tools = Tools(compiled, Buffers()) if compiled else None
     for module in list(found.modules()):
         for name, child in list(module.named_children()):
             setattr(module, name, _faster(child, tools))
@@ -71,8 +82,10 @@ def _made_fast(network: UNet) -> UNet:
 
 
 def has_kernels(network: nn.Module) -> bool:
-    """Whether `network` is a `fast_network` with the compiled kernels."""
-    return any(isinstance(module, NativeConv) for module in network.modules())
+    """Whether no convolution of `network` but those of single voxels is left to torch."""
+    parts = [child for module in network.modules() if not isinstance(module, FAST_CONVS) for child in module.children()]
+    left = any(isinstance(part, nn.Conv2d | nn.Conv3d) and max(part.kernel_size) > 1 for part in parts)
+    return not left and any(isinstance(part, NativeConv) for part in parts)
 
 
 def _faster(module: nn.Module, tools: Tools | None) -> nn.Module:
@@ -82,7 +95,7 @@ def _faster(module: nn.Module, tools: Tools | None) -> nn.Module:
         return NativeConv(module, tools)
     if is_plain(module) and (max(module.kernel_size) == 1 or math.prod(module.kernel_size) * module.in_channels <= FEW):
         return ProductConv(module, tools)
-    if is_plain(module):
+    if is_plain(module) and not tools:
         return WinogradConv(module)
     if tools and isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d) and is_box(module):
         return NativeUp(module, tools)
@@ -113,6 +126,15 @@ class Buffers:
         # the tensor holds the view, and views of the tensor hold its memory
         weakref.finalize(view, self._free.append, base)
         return torch.from_numpy(view)
+
+    def trim(self) -> None:
+        """Keep at most KEPT bytes of what is free."""
+        with self._choosing:
+            while sum(base.nbytes for base in self._free) > KEPT:
+                self._free.pop()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Buffers:
+        return Buffers()
 
 
 @dataclass(frozen=True)
@@ -187,7 +209,7 @@ class NativeUp(nn.Module):
         rows = _rows(x)
         shape = (n * box for n, box in zip(rows.shape[1:4], self.box, strict=True))
         out = self.tools.buffers.take(len(rows), *shape, self.conv.out_channels)
-        self.tools.kernels.up(rows, self.weights, self.bias, self.box, out)
+        self.tools.kernels.up(rows, self.weights, self.bias.contiguous(), self.box, out)
         return _image(out, x.ndim)
 
 
@@ -200,7 +222,7 @@ class NativeNormAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = _rows(x)
-        self.tools.kernels.norm_act(rows, self.norm.weight, self.norm.bias, self.norm.eps, self.norm.leaky_slope)
+        self.tools.kernels.norm_act(rows, self.norm.weight.contiguous(), self.norm.bias.contiguous(), self.norm.eps, self.norm.leaky_slope)
         return _image(rows, x.ndim)
 
 
@@ -286,3 +308,7 @@ class ProductConv(nn.Module):
         if conv.bias is not None:
             out.add_(conv.bias)
         return out.movedim(-1, 1)
+
+
+#: the convolutions of a fast network
+FAST_CONVS = (NativeConv, ProductConv, WinogradConv)

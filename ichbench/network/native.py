@@ -1,8 +1,8 @@
 """The compiled kernels of native.cpp: built once a machine with its own C++ compiler, checked against torch, called through ctypes.
 
 Nothing depends on them: without a compiler, or where they do not give torch's numbers, `kernels()` is None and prediction takes the
-ways of network/winograd.py and torch. The program lies in the user's cache folder under a name that hangs on the source, the
-compiler and the processor.
+ways of network/winograd.py and torch. The program lies in the user's cache folder (`XDG_CACHE_HOME`, else ~/.cache) under a name that
+hangs on the sources, the compiler and the instructions that torch uses (AVX2, AVX-512, none of them; ATEN_CPU_CAPABILITY sets them).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("native.cpp")
 #: C++ compilers that are looked for, after the one that the environment variable CXX names
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+#: what torch computes with -> flags; elsewhere every processor of the kind has what the compiler uses
+INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")}
 #: seconds; it takes three
 PATIENCE = 120
 #: largest difference to torch, over the spread of its answer, with which the kernels are taken
@@ -39,15 +42,18 @@ CLOSE = 1e-4
 class Kernels:
     """Functions of the compiled program. Tensors are float32, on the CPU and contiguous, images (samples, z, y, x, channels)."""
 
-    def __init__(self, program: ctypes.CDLL) -> None:
-        self._program = program
+    def __init__(self, program: ctypes.CDLL, compiler: str) -> None:
+        self._program, self.compiler = program, compiler
         program.lanes.restype = ctypes.c_int64
         self.lanes = int(program.lanes())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
+        return self
 
     def packed(self, matrix: Tensor) -> Tensor:
         """Weights (channels in, channels out) in the order in which `up` reads them."""
         to = self._zeros(1, *matrix.shape)
-        self._program.pack(*_arguments(matrix.contiguous(), to, 1, *matrix.shape))
+        self._run("pack", matrix.contiguous(), to, 1, *matrix.shape)
         return to
 
     def point_weights(self, weight: Tensor, along_z: bool, strided: bool) -> Tensor:
@@ -55,7 +61,7 @@ class Kernels:
         taps = weight.flatten(2).permute(2, 1, 0).contiguous()
         size_z, channels_in = len(taps) // 9, taps.shape[1]
         to = self._zeros(216, *taps.shape[1:]) if along_z else self._zeros(36, size_z * channels_in, taps.shape[2])
-        self._run("point_weights", taps, to, channels_in, taps.shape[2], size_z, int(along_z), int(strided))
+        self._run("point_weights", taps, to, channels_in, taps.shape[2], size_z, along_z, strided, torch.get_num_threads())
         return to
 
     def winograd(
@@ -69,15 +75,17 @@ class Kernels:
         first, second = images[0], images[-1]
         channels = (first.shape[-1], second.shape[-1] if len(images) == 2 else 0)
         given = (first, channels[0], second, channels[1], *first.shape[1:4])
-        self._run("winograd", *given, points, out, *out.shape, size_z, stride_z, int(along_z), int(strided))
+        self._run("winograd", *given, points, out, *out.shape, size_z, stride_z, along_z, strided, torch.get_num_threads())
 
     def up(self, x: Tensor, weights: Tensor, bias: Tensor, box_zyx: Sequence[int], out: Tensor) -> None:
-        """`out` = the transposed convolution of `x` whose stride is its kernel; weights: packed (1, channels in, box x channels out)."""
-        self._run("up", x, weights, bias, out, x.shape[0] * x.shape[1], *x.shape[2:], out.shape[-1], *box_zyx)
+        """`out` = the transposed convolution of `x` whose stride is its kernel; weights: packed (channels in, box x channels out)."""
+        slices, threads = x.shape[0] * x.shape[1], torch.get_num_threads()
+        self._run("up", x, weights, bias, out, slices, *x.shape[2:], out.shape[-1], *box_zyx, threads)
 
     def norm_act(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, leaky_slope: float) -> None:
         """Instance norm and leaky ReLU of `x`, in place; a slope of 1 leaves the second out."""
-        self._run("norm_act", x, weight, bias, x.shape[0], x[0, ..., 0].numel(), x.shape[-1], eps, leaky_slope)
+        sizes, threads = (x.shape[0], x[0, ..., 0].numel(), x.shape[-1]), torch.get_num_threads()
+        self._run("norm_act", x, weight, bias, *sizes, float(eps), float(leaky_slope), threads)
 
     def _zeros(self, matrices: int, channels_in: int, channels_out: int) -> Tensor:
         """Room for weights whose channels are filled up to whole vectors, and to pairs of them."""
@@ -87,46 +95,39 @@ class Kernels:
         return values if shape == (matrices, channels_in, channels_out) else values.zero_()
 
     def _run(self, name: str, *arguments: Tensor | float) -> None:
-        if getattr(self._program, name)(*_arguments(*arguments, torch.get_num_threads())):
-            raise MemoryError("prediction ran out of memory")
+        if getattr(self._program, name)(*map(_argument, arguments)):
+            raise MemoryError
 
 
-def _arguments(*values: Tensor | float) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield ctypes.c_void_p(value.data_ptr())
-        else:
-            yield ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+def _argument(value: Tensor | float) -> Any:
+    if not isinstance(value, Tensor):
+        return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+    if value.dtype != torch.float32 or value.device.type != "cpu" or not value.is_contiguous():
+        raise TypeError(f"the kernels take contiguous float32 tensors on the CPU, got {value.dtype} on {value.device}")
+    return ctypes.c_void_p(value.data_ptr())
 
 
 @functools.cache
 def kernels() -> Kernels | None:
     """The kernels of this machine, built at the first call (three seconds, once); None where they cannot be had."""
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    try:
-        found = Kernels(_program(compiler))
-    except (OSError, AttributeError, subprocess.SubprocessError):
-        return None
-    return found if is_right(found) else None
+    return next((found for compiler in find_compilers() if (found := _made_by(compiler)) is not None), None)
 
 
 def about_kernels() -> str:
     """What prediction on this CPU uses, for people."""
-    compiler = find_compiler()
-    if compiler is None:
-        return (
-            f"none, for there is no C++ compiler ({', '.join(COMPILERS)} or the one that CXX names): prediction takes about twice as long"
-        )
-    if kernels() is None:
-        return f"none, for {compiler} does not build network/native.cpp to give torch's numbers: prediction takes about twice as long"
-    return f"for prediction, built by {compiler}"
+    found, compilers = kernels(), [Path(path).name for path in find_compilers()]
+    if found is not None:
+        return f"for prediction, built by {found.compiler}, {found.lanes} numbers at a time"
+    reason = f"what {' and '.join(compilers)} builds does not load or does not give torch's numbers"
+    if not compilers:
+        reason = f"there is no C++ compiler ({', '.join(COMPILERS)} or the one that CXX names)"
+    return f"none, for {reason}: prediction takes about twice as long"
 
 
-def find_compiler() -> str | None:
-    """Path of a C++ compiler."""
-    return next((path for name in (os.environ.get("CXX", ""), *COMPILERS) if name and (path := shutil.which(name))), None)
+def find_compilers() -> list[str]:
+    """Paths of C++ compilers, the one to try first at the front."""
+    found = [shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS) if name]
+    return list(dict.fromkeys(path for path in found if path is not None))
 
 
 def is_right(found: Kernels) -> bool:
@@ -154,23 +155,56 @@ def is_right(found: Kernels) -> bool:
     return all(float((ours - theirs).abs().max()) < CLOSE * float(theirs.std()) for ours, theirs in pairs)
 
 
-def _program(compiler: str) -> ctypes.CDLL:
+def _made_by(compiler: str) -> Kernels | None:
+    """The kernels that `compiler` builds, if they are right; a program that is not does not stay."""
+    program = None
+    try:
+        program = _program(compiler)
+        found = Kernels(ctypes.CDLL(str(program)), Path(compiler).name)
+        if is_right(found):
+            return found
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        pass
+    if program is not None:
+        with contextlib.suppress(OSError):
+            program.unlink(missing_ok=True)
+    return None
+
+
+def _program(compiler: str) -> Path:
     """The compiled program; made first if there is none, or a damaged one: to load that would end the process."""
-    parts = [SOURCE.read_bytes(), " ".join([compiler, *FLAGS]).encode(), _processor()]
+    sources = [path.read_bytes() for path in sorted(SOURCE.parent.glob("native*")) if path.suffix in (".cpp", ".h")]
+    capability = torch.backends.cpu.get_cpu_capability()
+    command = [compiler, *FLAGS, *next((flags for name, flags in INSTRUCTIONS.items() if name in capability), ())]
+    parts = [*sources, os.fsencode(" ".join([platform.machine(), *command]))]
     name, folder = f"native-{_digest(b'|'.join(parts))}", _cache_folder()
     for program in folder.glob(f"{name}-*.so"):
         if program.name == f"{name}-{_digest(program.read_bytes())}.so":
-            return ctypes.CDLL(str(program))
-        program.unlink()
+            return program
+        program.unlink(missing_ok=True)
     handle, scratch = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     try:
-        subprocess.run([compiler, *FLAGS, "-o", scratch, str(SOURCE)], check=True, capture_output=True, timeout=PATIENCE)
+        _compile([*command, "-o", scratch, str(SOURCE)])
         program = folder / f"{name}-{_digest(Path(scratch).read_bytes())}.so"
         Path(scratch).replace(program)
     finally:
         Path(scratch).unlink(missing_ok=True)
-    return ctypes.CDLL(str(program))
+    return program
+
+
+def _compile(command: list[str]) -> None:
+    """Run it, and end it with all that it started when it takes too long."""
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True) as process:
+        try:
+            code = process.wait(PATIENCE)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def _digest(content: bytes) -> str:
@@ -178,20 +212,15 @@ def _digest(content: bytes) -> str:
 
 
 def _cache_folder() -> Path:
-    """The user's own cache folder; where there is none, or it cannot be written, one for the life of this process."""
-    with contextlib.suppress(OSError, RuntimeError):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ichbench"
+    """The user's own cache folder; where there is none, or others can write it, one for the life of this process."""
+    with contextlib.suppress(OSError, RuntimeError, StopIteration):
+        given = [Path(os.environ.get("XDG_CACHE_HOME", "")), Path.home() / ".cache"]
+        folder = next(path for path in given if path.is_absolute()) / "ichbench"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK | os.X_OK):
+        about = folder.stat()
+        own = not hasattr(os, "geteuid") or (about.st_uid == os.geteuid() and not about.st_mode & 0o022)
+        if own and os.access(folder, os.W_OK | os.X_OK):
             return folder
     folder = Path(tempfile.mkdtemp(prefix="ichbench-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-def _processor() -> bytes:
-    """What tells processors apart: a program for one may not run on another that shares its home folder."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-        return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"model name", b"Features"))}))
-    return f"{platform.machine()} {platform.processor()}".encode()
