@@ -18,6 +18,7 @@ from ichbench.cases.case import Case, Grid
 from ichbench.cases.images import read_image, write_image
 from ichbench.cases.nifti import TURNING_READERS
 from ichbench.errors import InputError
+from ichbench.inference.inputs import read_case
 from ichbench.inference.model import read_model
 from ichbench.inference.nnunet_export import active_flags, export_nnunet
 from ichbench.inference.nnunet_import import import_nnunet
@@ -251,6 +252,31 @@ def test_prepared_images_are_what_the_preparation_goes_on_with(tmp_path: Path, c
     if compatibility == "ichbench":
         first, second = (np.asarray(nibabel.load(done.images[index]).dataobj) for index in (0, 2))
         np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:.*without sform and qform")
+def test_prepared_images_that_nnunet_would_turn_once_more(tmp_path: Path) -> None:
+    flags = {"reorient": "SimpleITKIOWithReorient", "compatibility": "nnunet", "window": [{"level_hu": 40.0, "width_hu": 80.0}]}
+    model = write_model(tmp_path / "model", small_plan(), overlay={"prepare": flags})
+    (tmp_path / "images").mkdir()
+    image = nibabel.Nifti1Image(np.zeros((22, 20, 6), np.float32), None)
+    image.header.set_zooms((1, 1, 5))
+    nibabel.save(image, tmp_path / "images/a_0000.nii.gz")
+    with pytest.raises(InputError, match=r"a_0000\.nii\.gz: without sform and qform nnU-Net's SimpleITKIOWithReorient would turn"):
+        export_nnunet(model, tmp_path / "out", with_prepared=tmp_path / "images")
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_channels_are_turned_each_by_its_own_affine(tmp_path: Path) -> None:
+    volume = np.random.default_rng(0).normal(40, 30, GRID.shape_zyx).astype(np.float32)
+    write_image(tmp_path / "a_0000.nii.gz", volume, GRID)
+    turned = nibabel.load(tmp_path / "a_0000.nii.gz").as_reoriented(np.array([[1, 1], [2, -1], [0, 1]]))
+    turned.to_filename(tmp_path / "a_0001.nii.gz")
+    files = [tmp_path / f"a_{channel:04d}.nii.gz" for channel in range(2)]
+    case, _ = read_case("a", files, PrepareRecipe(reorient="NibabelIOWithReorient", compatibility="nnunet"), "")
+    np.testing.assert_array_equal(case.image_czyx[0], case.image_czyx[1])
+    with pytest.raises(InputError, match="differ: shape"):
+        read_case("a", files, PrepareRecipe(compatibility="nnunet"), "")
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from ichbench.cases.case import Grid
 from ichbench.cases.files import check_writable, write_atomically
 from ichbench.cases.images import write_image
 from ichbench.cases.labels import declared
+from ichbench.cases.nifti import ITK_TURNING, geometry_of, parse_header
 from ichbench.errors import InputError
 from ichbench.inference.inputs import find_images, read_case
 from ichbench.inference.model import ModelFolder, read_model
@@ -284,6 +285,11 @@ def _write_prepared(model: ModelFolder, images: Path, folder: Path) -> tuple[lis
     written, notes = [], []
     for case_id, files in find_images(images, model.channel_names).items():
         case, said = read_case(case_id, files, recipe, model.axes_zyx)
+        header = case.grid.header
+        if recipe.reorient == ITK_TURNING and header is not None and not geometry_of(parse_header(header)).oriented:
+            raise InputError(
+                f"{files[0]}: without sform and qform nnU-Net's {ITK_TURNING} would turn its prepared image once more; write one of them"
+            )
         flagged, _, more = flagged_case(case, recipe, model.channel_names)
         notes += [*said, *more]
         # a grid without a file behind it: nnU-Net then reads the very array that our preparation would go on with

@@ -4,7 +4,7 @@ Half precision, an argmax and the tie rule of labels all hang on the last bit of
 taken exactly as scipy's `zoom(order=1, mode="nearest", grid_mode=True)` takes it, which is what nnU-Net's resampling
 ends in: corners in C order, and each value times its weights one axis after the other, in float64. Its other resampling is
 torch's `interpolate`, in float32: along x, then y, then z, one product rounded and the other fused into the sum, as processors
-with that instruction do it (those without, and stacks of slices of height + width up to 128, add otherwise: a last bit).
+with that instruction do it (those without, and stacks of slices of height + width up to 128, or 3 of them, add otherwise: a last bit).
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def resample_image(
 ) -> NDArray[np.floating]:
     """Image or logits (c, z, y, x) on another shape, spline `order` (3 images, 1 logits; torch: 1), order 0 across thick slices.
 
-    Computed in float64, returned in the input's dtype, clipped to the input's range. The same shape returns the input.
+    Computed in float64 and clipped to the input's range, or, as torch does, in float32 and not clipped; returned in the input's dtype.
+    The same shape returns the input.
     """
     if tuple(shape) == image_czyx.shape[1:]:
         return image_czyx
