@@ -264,7 +264,7 @@ def test_prepared_images_that_nnunet_would_turn_once_more(tmp_path: Path) -> Non
     nibabel.save(image, tmp_path / "images/a_0000.nii.gz")
     with pytest.raises(InputError, match=r"a_0000\.nii\.gz: without sform and qform nnU-Net's SimpleITKIOWithReorient would turn"):
         export_nnunet(model, tmp_path / "out", with_prepared=tmp_path / "images")
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
 
 
 def test_channels_are_turned_each_by_its_own_affine(tmp_path: Path) -> None:
