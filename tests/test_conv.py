@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ichbench.network import conv
 from ichbench.network.blocks import CONV, UP_CONV
@@ -19,6 +21,7 @@ LAST: dict[int, Any] = {2: torch.channels_last, 3: torch.channels_last_3d}
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small layers too, on any CPU, and several blocks a slice."""
+    torch.manual_seed(0)
     monkeypatch.setattr(conv, "NARROW", 3)
     monkeypatch.setattr(conv, "SMALL_SLICE", 4)
     monkeypatch.setattr(conv, "BLOCK_VOXELS", 40)
@@ -111,3 +114,41 @@ def test_gradients_that_nobody_asks_for() -> None:
     convolve(frozen, y).sum().backward()
     assert frozen.weight.grad is None
     assert y.grad is not None
+
+
+class Asked(TorchDispatchMode):
+    """Notes kernel and stride of every gradient that torch's own convolution is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.of.append((tuple(args[2].shape[2:]), tuple(args[4])))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("how", ["fp32", "bf16", "compiled"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_pointwise_kernel_with_a_stride_is_never_left_to_onednn(
+    dims: int, how: str, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN writes past its workspace there (issue 6035): gradients are wrong now and then, or the process hangs. So no run
+    of it can be a test; what is asked of torch is."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    stride = (2, 1, 3)[:dims]
+    layer = CONV[dims](4, 5, 1, stride, bias=dims == 3)
+    x = torch.randn(2, 4, *(7, 6, 5)[:dims], generator=torch.Generator().manual_seed(0))
+    wanted_out, wanted = gradients(layer.double(), x.double(), lambda one, image: one(image), None)
+    layer = layer.float().to(memory_format=LAST[dims])
+    run = torch.compile(convolve, backend="aot_eager") if how == "compiled" else convolve
+    tolerance = 2e-2 if how == "bf16" else 1e-5
+    with Asked() as asked, torch.autocast("cpu", dtype=torch.bfloat16) if how == "bf16" else nullcontext():
+        out, found = gradients(layer, x.contiguous(memory_format=LAST[dims]), run, None)
+    assert all(of == ((1,) * dims, (1,) * dims) for of in asked.of), asked.of
+    assert asked.of
+    for mine, other in zip([out, *found], [wanted_out, *wanted], strict=True):
+        assert mine.shape == other.shape
+        assert float((mine.double() - other).abs().max()) <= tolerance * max(1.0, float(other.abs().max()))

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import norms
 import pytest
 import torch
 import torch.nn.functional as F
@@ -248,19 +249,10 @@ def test_modules_stand_in_for_convolutions(conv: Any, depth: int) -> None:
 @pytest.mark.parametrize("slope", [0.01, 1.0, 0.0])
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (1000.0, 1.0), (-3e4, 100.0), (0.0, 1e-4)])
 def test_norm(shape: tuple[int, ...], slope: float, mean: float, spread: float) -> None:
-    torch.manual_seed(0)
-    norm = fast.NormAct(shape[1], slope)
+    norm, x, exact = norms.drawn(shape, slope, mean, spread)
     with torch.inference_mode():
-        norm.weight.uniform_(-2, 2)
-        norm.bias.normal_()
-        x = mean + spread * torch.randn(shape)
-        x[..., : shape[-1] // 3] = mean - 20 * spread
-        exact = F.instance_norm(x.double(), weight=norm.weight.double(), bias=norm.bias.double(), eps=norm.eps)
-        exact = exact if slope == 1 else F.leaky_relu(exact, slope)
-        layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        found = NativeNormAct(norm, fast.Tools(compiled(), Buffers()))(x.clone(memory_format=layout))
-        # the input itself is only known to 6e-8 of its size
-        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=4e-4 if mean else 1e-5)
+        found = NativeNormAct(norm, fast.Tools(compiled(), Buffers()))(x)
+    norms.assert_close(found, exact, atol=norms.INPUT_ERROR if mean else 1e-5)
 
 
 @needs_compiler

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import norms
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,20 +143,10 @@ def test_modules_stand_in_for_convolutions(kernel: tuple[int, ...], samples: int
 def test_norm_in_blocks(shape: tuple[int, ...], slope: float, mean: float, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ichbench.network.fast.BLOCK", 0)
     monkeypatch.setattr("ichbench.network.fast.ROW", 64)
-    torch.manual_seed(0)
-    norm = NormAct(shape[1], slope)
+    norm, x, exact = norms.drawn(shape, slope, mean, spread)
     with torch.inference_mode():
-        norm.weight.uniform_(-2, 2)
-        norm.bias.normal_()
-        x = mean + spread * torch.randn(shape)
-        # the beginning of the image, where the mean is guessed, is air
-        x[..., : shape[-1] // 3] = mean - 20 * spread
-        exact = F.instance_norm(x.double(), weight=norm.weight.double(), bias=norm.bias.double(), eps=norm.eps)
-        exact = exact if slope == 1 else F.leaky_relu(exact, slope)
-        layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        found = FastNormAct(norm)(x.clone(memory_format=layout))
-        # the input itself is only known to 6e-8 of its size
-        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=4e-4 if mean else 1e-4)
+        found = FastNormAct(norm)(x)
+    norms.assert_close(found, exact, atol=norms.INPUT_ERROR if mean else 1e-4)
 
 
 def test_norm_of_a_constant_is_its_bias(monkeypatch: pytest.MonkeyPatch) -> None:

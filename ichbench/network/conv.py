@@ -5,6 +5,11 @@ without AVX-512 it has no good kernel there for the gradient of the weights. One
 kernel, 16 x 128 x 128 voxels, 64 -> 32 channels: 245 ms forward, 290 ms for the image, 1,230 ms for the weights. As matrix
 products over blocks that fit the cache: 310 ms, and closer to float64 (largest relative difference 1.5e-6, not 2.7e-5),
 because sums are taken block by block. A 1x1 convolution onto few classes is a plain matrix product as well.
+
+A 1x1 kernel with a stride reads one voxel of each box, so those voxels are taken first and convolved without a stride. For the
+stride, oneDNN (3.12, of torch 2.13) writes past its workspace when it takes the gradient of the weights of fewer input channels
+than its block (8, with AVX-512 16) lying innermost: gradients are wrong now and then, or the process crashes or never ends
+(https://github.com/uxlfoundation/oneDNN/issues/6035; seen here as one wrong gradient in a hundred, with two threads).
 """
 
 from __future__ import annotations
@@ -31,17 +36,31 @@ Item = TypeVar("Item")
 
 
 def convolve(layer: Any, x: Tensor) -> Tensor:
-    """`layer(x)` for a (transposed) convolution; while training in float32 on a CPU, as this file does it."""
-    training = torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not training or torch.compiler.is_compiling() or layer.groups != 1 or max(layer.dilation) > 1:
+    """`layer(x)` for a (transposed) convolution; while training on a CPU, as this file does it."""
+    if not torch.is_grad_enabled() or x.device.type != "cpu" or layer.groups != 1 or max(layer.dilation) > 1:
         return layer(x)  # type: ignore[no-any-return]
-    pointwise = not layer.transposed and max(layer.kernel_size) == 1 and max(layer.stride) == 1
+    pointwise = not layer.transposed and max(layer.kernel_size) == 1 and not any(layer.padding)
+    stride = layer.stride
+    if pointwise and max(stride) > 1:
+        first: Any = (..., *(slice(None, None, step) for step in stride))
+        x = x[first]
+        stride = (1,) * len(stride)
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return _by_torch(layer, x, stride)
     if pointwise and layer.out_channels < NARROW and layer.bias is not None:
         return F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
     # transposed layers of a U-Net have no overlap: the kernel is the stride
-    if "AVX512" in torch.backends.cpu.get_cpu_capability() or (layer.transposed and layer.kernel_size != layer.stride):
+    if "AVX512" in torch.backends.cpu.get_cpu_capability() or (layer.transposed and layer.kernel_size != stride):
+        return _by_torch(layer, x, stride)
+    return _Convolution.apply(x, layer.weight, layer.bias, stride, layer.padding, layer.transposed)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _by_torch(layer: Any, x: Tensor, stride: Axes) -> Tensor:
+    """torch's own convolution of `layer`, with this stride."""
+    if stride == layer.stride:
         return layer(x)  # type: ignore[no-any-return]
-    return _Convolution.apply(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.transposed)  # type: ignore[no-any-return, no-untyped-call]
+    direct: Any = F.conv2d if x.ndim == 4 else F.conv3d
+    return direct(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
 class _Convolution(torch.autograd.Function):

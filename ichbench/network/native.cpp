@@ -10,13 +10,12 @@ extern "C" {
 
 int64_t lanes() { return LANES; }
 
-// (matrices, in, out) -> (matrices, panels of out, in filled up, PANEL); `to` is all zeros
-int pack(const float* from, float* to, int64_t matrices, int64_t channels_in, int64_t channels_out) {
-    const int64_t in_step = up_to(channels_in, LANES), out_step = up_to(channels_out, PANEL);
-    for (int64_t m = 0; m < matrices; m++)
-        for (int64_t i = 0; i < channels_in; i++, from += channels_out)
-            for (int64_t o = 0; o < channels_out; o += PANEL)
-                memcpy(to + m * in_step * out_step + o * in_step + i * PANEL, from + o, static_cast<size_t>(std::min<int64_t>(PANEL, channels_out - o)) * sizeof(float));
+// (in, out) -> (panels of out, in filled up, PANEL). Zeros where channels are filled up must be there.
+int pack(const float* from, float* to, int64_t channels_in, int64_t channels_out) {
+    const int64_t in_step = up_to(channels_in, LANES);
+    for (int64_t i = 0; i < channels_in; i++, from += channels_out)
+        for (int64_t o = 0; o < channels_out; o += PANEL)
+            memcpy(to + o * in_step + i * PANEL, from + o, static_cast<size_t>(std::min<int64_t>(PANEL, channels_out - o)) * sizeof(float));
     return 0;
 }
 
@@ -63,7 +62,7 @@ int winograd(const float* first, int64_t channels_first, const float* second, in
     return strided ? convolved<Strided>(c, threads) : convolved<Plain>(c, threads);
 }
 
-// Transposed convolution whose stride is its kernel: every voxel becomes a box. weights: `pack` of one matrix (in, box z, y, x, out).
+// Transposed convolution whose stride is its kernel: every voxel becomes a box. weights: `pack` of (in, box z, y, x, out).
 int up(const float* in, const float* weights, const float* bias, float* out, int64_t slices, int64_t height, int64_t width,
        int64_t channels_in, int64_t channels_out, int64_t box_z, int64_t box_y, int64_t box_x, int64_t threads) {
     const int64_t in_step = up_to(channels_in, LANES), columns = box_z * box_y * box_x * channels_out, out_step = up_to(columns, PANEL);

@@ -53,7 +53,7 @@ class Kernels:
     def packed(self, matrix: Tensor) -> Tensor:
         """Weights (channels in, channels out) in the order in which `up` reads them."""
         to = self._zeros(1, *matrix.shape)
-        self._run("pack", matrix.contiguous(), to, 1, *matrix.shape)
+        self._run("pack", matrix.contiguous(), to, *matrix.shape)
         return to
 
     def point_weights(self, weight: Tensor, along_z: bool, strided: bool) -> Tensor:
