@@ -7,6 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# how long drawing and trying an example takes says nothing about the code on a machine that others use too
+settings.register_profile("ichbench", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ichbench")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -426,7 +426,7 @@ def test_specks_all_over_are_noise_and_no_advice() -> None:
 # --- what they rest on -------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.tuples(*[st.integers(1, 14)] * 3), st.sampled_from([0.01, 0.05, 0.2, 0.5]))
 def test_components_are_those_of_the_whole_volume(seed: int, shape: tuple[int, int, int], share: float) -> None:
     mask = np.random.default_rng(seed).random(shape) < share
@@ -490,7 +490,7 @@ SIDES = st.integers(0, 9)
 KINDS_OF_MASK = st.sampled_from([np.bool_, np.uint8, np.int64, np.float32])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     shape=st.tuples(SIDES, SIDES, SIDES),
     seed=st.integers(0, 2**32 - 1),
@@ -525,7 +525,7 @@ def test_masks_of_all_kinds_never_raise_and_are_not_changed(
     assert all(np.array_equal(array, copy, equal_nan=True) for array, copy in zip(given_arrays, before, strict=True))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(hnp.arrays(np.bool_, st.tuples(st.integers(3, 6), st.integers(3, 9), st.integers(3, 9))), st.integers(0, 2**32 - 1))
 def test_reversing_the_axes_of_both_masks_changes_no_kind(predicted: np.ndarray, seed: int) -> None:
     reference = np.random.default_rng(seed).random(predicted.shape) < 0.1

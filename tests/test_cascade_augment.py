@@ -42,7 +42,7 @@ def met(mask: Mask, shape: Mask) -> Mask:
     return out
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(0, 10_000), st.floats(1, 2.9), st.sampled_from([(5, 8, 7), (1, 9, 8)]))
 def test_morphology_equals_brute_force(seed: int, radius: float, size: tuple[int, int, int]) -> None:
     rng = np.random.default_rng(seed)

@@ -42,7 +42,7 @@ def test_axis_codes_of_every_axis_order_and_sign() -> None:
 
 
 @given(st.tuples(*[st.floats(-3, 3)] * 3), st.floats(-2e-3, 2e-3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_same_place_is_about_the_farthest_corner(angles: tuple[float, float, float], shift_mm: float) -> None:
     affine = affine_of(rotation(angles) @ np.diag([5.0, 0.5, 0.5]))
     moved = np.array(affine)

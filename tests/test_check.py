@@ -71,7 +71,7 @@ def test_a_tolerance_does_not_forgive_a_change_of_kind(value: float) -> None:
     assert len(compare_scores(ROWS, changed(1, value), {"hd": 1e9})) == 1
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 2))
 def test_within_tolerance_is_what_the_word_says(old: float, new: float, tolerance: float) -> None:
     first, second = Score("a", "-", "-", "c", "dice", old), Score("a", "-", "-", "c", "dice", new)

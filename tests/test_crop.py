@@ -12,7 +12,7 @@ from ichbench.prepare.crop import FEW, crop_to_nonzero, extent, fill_holes, nonz
 
 
 @given(st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7)), st.floats(0, 1), st.integers(0, 999))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_against_scipy(shape: tuple[int, int, int], density: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     image = (rng.random((2, *shape)) < density * 0.7) * rng.normal(size=(2, *shape)).astype(np.float32)

@@ -28,7 +28,7 @@ def test_the_table_is_what_the_recipe_allows() -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(2, 4), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_pooling_by_brute_force(z: int, y: int, x: int, factor: int, seed: int) -> None:
     """Also the far edge, which is replicated to a whole block, and the labels: most frequent, ties to the lower."""
     full = case((z, y, x), seed, channels=2)

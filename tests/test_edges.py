@@ -118,7 +118,7 @@ def percentile(values: list[float], percent: float) -> float:
     return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs(), EDGES_MM)
 def test_brute_force(masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float]) -> None:
     own, other = outline(masks[0]), outline(masks[1])
@@ -251,7 +251,7 @@ def test_a_little_more_than_the_tolerance_is_beyond_it(distance_mm: float) -> No
 # --- boundary IoU ----------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs(), EDGES_MM, st.sampled_from([0.0, 0.6, 1.45, 5.2]), st.sampled_from([0, 10**9]))
 def test_boundary_iou_by_brute_force(
     masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float], distance_mm: float, per_point: int
@@ -294,7 +294,7 @@ def test_boundary_iou_of_two_cubes() -> None:
     assert boundary_iou(outer, inner, (5.0, 1.0, 1.0), 2.0) == both / (sum(walls) - both)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs(), EDGES_MM)
 def test_a_rim_as_wide_as_the_mask_gives_iou(masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float]) -> None:
     assert boundary_iou(masks[0], masks[1], spacing, 1e4) == overlap.iou(overlap.count(*masks))
@@ -304,7 +304,7 @@ def test_a_rim_as_wide_as_the_mask_gives_iou(masks: tuple[np.ndarray, np.ndarray
 # --- invariances -------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs(), EDGES_MM, MOVES)
 def test_turning_mirroring_padding_and_swapping_change_nothing(
     masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float], move: Move
@@ -312,7 +312,7 @@ def test_turning_mirroring_padding_and_swapping_change_nothing(
     check_unmoved(lambda *pair: [*summary(edge_record(*pair)), boundary_iou(*pair, 1.45)], masks, spacing, move)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs(), EDGES_MM, st.sampled_from([0.25, 2.0, 8.0]))
 def test_scaling_space_scales_distances(masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float], factor: float) -> None:
     record, scaled = (edge_record(masks[0], masks[1], [s * f for s in spacing]) for f in (1.0, factor))
@@ -322,7 +322,7 @@ def test_scaling_space_scales_distances(masks: tuple[np.ndarray, np.ndarray], sp
     assert boundary_iou(*masks, [s * factor for s in spacing], factor * 1.45) == boundary_iou(*masks, spacing, 1.45)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs(), EDGES_MM)
 def test_order_of_the_metrics(masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float]) -> None:
     record = edge_record(masks[0], masks[1], spacing)

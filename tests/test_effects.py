@@ -174,7 +174,7 @@ def test_clusters_are_what_is_counted() -> None:
         paired_effects(case_table(rows, ("dice",)), clusters={case: name for case, name in patients.items() if case != "case003"})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(-1, 1, width=16), min_size=2, max_size=20), st.randoms(use_true_random=False))
 def test_neither_the_order_of_the_cases_nor_the_unit_nor_the_sign_matters(differences: list[float], random: object) -> None:
     column = np.array(differences)
@@ -225,7 +225,7 @@ def test_no_pair_at_all() -> None:
     assert math.isnan(effect.share_improved)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=10), st.floats(-1, 1))
 def test_a_shift_of_both_changes_nothing_and_of_the_arm_shifts_the_effect(pairs: list[tuple[float, float]], shift: float) -> None:
     base, arm = (list(values) for values in zip(*pairs, strict=True))

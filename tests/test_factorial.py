@@ -55,7 +55,7 @@ def test_arm_names_are_those_of_the_study() -> None:
     assert len(design_arms(made.base, factors)) == 4
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 10_000))
 def test_effects_are_the_coefficients_of_least_squares(seed: int) -> None:
     values = drawn(THREE, seed)

@@ -76,7 +76,7 @@ def test_every_turn_of_the_axes_is_undone(tmp_path: Path, angles: tuple[float, f
         assert score_files(reference, path, reorient=True) == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.tuples(*[st.integers(1, 4)] * 3), st.sampled_from(TURNS), st.tuples(*[st.floats(-0.6, 0.6)] * 3))
 def test_turns_of_small_and_flat_volumes(data: st.DataObject, shape: tuple[int, int, int], turn: Any, angles: Any) -> None:
     """Axes of one voxel included: every voxel comes back to where it lies."""

@@ -303,7 +303,7 @@ def test_masks_are_stored_in_the_smallest_type_like_nnunet(tmp_path: Path, top: 
 
 
 @given(st.tuples(*[st.floats(-3, 3)] * 3), st.tuples(*[st.floats(0.2, 6)] * 3))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_grid_without_a_file_survives_writing(
     tmp_path: Path, angles: tuple[float, float, float], spacing: tuple[float, float, float]
 ) -> None:
@@ -433,7 +433,7 @@ def test_label_files_must_hold_whole_numbers_that_fit(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_bytes_end_in_an_image_or_an_input_error(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "fuzz.nii"
     good = bytearray(save(path, np.ones((3, 4, 5), np.int16)).read_bytes())

@@ -57,7 +57,7 @@ def test_gamma(shape: tuple[int, ...], inverted: bool, exponent: float) -> None:
         np.testing.assert_allclose(got, gamma_by_formula(volume, exponent, inverted), atol=2e-5 + 3e-6 * move)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(0.3, 3), st.booleans(), st.floats(-1000, 1000), st.sampled_from([1e-3, 1.0, 100.0]))
 def test_gamma_keeps_mean_and_spread_wherever_they_lie(seed: int, exponent: float, inverted: bool, move: float, scale: float) -> None:
     rng = np.random.default_rng(seed)
@@ -109,7 +109,7 @@ def test_kernel(sigma: float, width: int) -> None:
         assert kernel[width // 2 + 1] / kernel[width // 2] == pytest.approx(math.exp(-0.5 / sigma**2))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(SHAPES[:-1]), st.tuples(*[st.floats(0.5, 2.0)] * 3), st.integers(0, 1000))
 def test_blur_equals_scipys(shape: tuple[int, ...], sigmas: tuple[float, float, float], seed: int) -> None:
     """Correlation with the same kernels along each axis, mirrored about the outermost voxels, however short the axis."""
@@ -145,7 +145,7 @@ def low_resolution_by_loop(volume: Volume, share: float, in_plane: bool) -> NDAr
     return out
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(SHAPES[:-1]), st.floats(0.05, 1.0), st.booleans(), st.integers(0, 1000))
 def test_low_resolution_equals_a_loop(shape: tuple[int, ...], share: float, in_plane: bool, seed: int) -> None:
     volume = volume_of(shape, seed)

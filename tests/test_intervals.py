@@ -94,7 +94,7 @@ def test_outer_is_the_wider_of_two_at_each_end() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(values=st.lists(st.floats(-1, 1, width=16), min_size=3, max_size=12), shift=st.floats(-100, 100), scale=st.sampled_from([0.5, 4.0]))
 def test_intervals_move_stretch_and_turn_with_the_data(method: Method, values: list[float], shift: float, scale: float) -> None:
     data = np.array(values)

@@ -92,7 +92,7 @@ def test_no_constant_of_speed_moves_a_distance(constants: dict[str, float], seed
         assert_same(masks[0], masks[1], spacing)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_islands_hold_all_foreground_and_do_not_touch(data: st.DataObject) -> None:
     shape = data.draw(st.tuples(*[st.integers(0, 9)] * 3))

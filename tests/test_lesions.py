@@ -100,7 +100,7 @@ def same(a: float, b: float) -> bool:
 # --- the record and the counts -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     masks(), st.sampled_from([6, 18, 26]), st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.sampled_from([None, (0.0, 0.003), (0.003, math.inf)])
 )
@@ -132,7 +132,7 @@ def test_components_overlaps_and_counts_by_brute_force(
         assert same(lesions.lesion_f1(record, share, stratum), math.nan if stratum else 1.0)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(masks())
 def test_panoptic_quality_over_all_pairs(pair: tuple[np.ndarray, np.ndarray]) -> None:
     found = lesions.panoptic(lesion_record(*pair, UNIT))
@@ -238,7 +238,7 @@ def test_empty_masks(shape: tuple[int, int, int]) -> None:
         assert same(lesions.lesion_precision(record), 0.0 if predicted.any() else math.nan)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks(), st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.integers(0, 5)] * 6))
 def test_turning_mirroring_and_padding_change_nothing(
     pair: tuple[np.ndarray, np.ndarray], order: list[int], flips: tuple[bool, ...], pad: tuple[int, ...]

@@ -60,7 +60,7 @@ RULES = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks(9), st.sampled_from(RULES), st.sampled_from([UNIT, (5.0, 0.5, 0.5)]))
 def test_lesionwise_by_brute_force(pair: tuple[np.ndarray, np.ndarray], rule: LesionwiseRule, spacing: tuple[float, float, float]) -> None:
     record = lesionwise_record(*pair, spacing, rule)
@@ -169,7 +169,7 @@ def test_empty_masks(shape: tuple[int, int, int]) -> None:
         assert (lesionwise_dice(record), lesionwise_hd(record)) == (0.0, 374.0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks(), st.permutations(range(3)), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.integers(0, 5)] * 6))
 def test_turning_mirroring_and_padding_change_nothing(
     pair: tuple[np.ndarray, np.ndarray], order: list[int], flips: tuple[bool, ...], pad: tuple[int, ...]

@@ -24,7 +24,7 @@ def zoom(array: np.ndarray, shape: tuple[int, ...], order: int = 1) -> np.ndarra
 
 
 @given(SHAPES, SHAPES, st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_bit_is_scipys(before: tuple[int, int, int], after: tuple[int, int, int], seed: int) -> None:
     image = np.random.default_rng(seed).normal(size=before)
     np.testing.assert_array_equal(resize_linear(image, after), zoom(image, after))
@@ -68,7 +68,7 @@ def test_equal_neighbours_give_their_value() -> None:
 
 
 @given(st.tuples(SIZES, SIZES), st.tuples(SIZES, SIZES), st.integers(1, 4), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_labels_by_brute_force(before: tuple[int, int], after: tuple[int, int], n: int, seed: int) -> None:
     labels = np.random.default_rng(seed).integers(-1, n, before).astype(np.int16)
     out = resize_labels(labels, after)
@@ -109,7 +109,7 @@ def test_a_three_way_tie_that_the_nearest_label_lost_goes_to_the_lowest() -> Non
 
 
 @given(SHAPES, SHAPES, st.integers(0, 99), st.sampled_from([None, 0, 2]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_torchs_rule(before: tuple[int, int, int], after: tuple[int, int, int], seed: int, nearest_axis: int | None) -> None:
     """torch itself, a last bit apart: processors differ in how they add."""
     image = np.random.default_rng(seed).normal(size=before).astype(np.float32)
@@ -134,7 +134,7 @@ def test_places_of_torchs_rule_on_long_axes(n_in: int) -> None:
 
 
 @given(SHAPES, SHAPES, st.integers(0, 999), st.integers(2, 5))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_labels_by_torchs_rule(before: tuple[int, int, int], after: tuple[int, int, int], seed: int, n: int) -> None:
     """Brute force over whole volumes: a thousand times each indicator in half precision, the lowest of the largest."""
     labels = np.random.default_rng(seed).integers(-1, n, before).astype(np.int16)

@@ -90,7 +90,7 @@ def convolved(images: list[Tensor], weight: Tensor, way: Any) -> Tensor:
     threads=st.integers(1, 5),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_convolution(way: Any, samples: int, shape: Any, channels: Any, threads: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     first, second, channels_out = channels
@@ -176,7 +176,7 @@ def test_vectors_of_every_width(lanes: int, fresh: None, monkeypatch: pytest.Mon
     bias=st.booleans(),
     flat=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_transposed_convolution(shape: Any, channels_out: int, box: Any, bias: bool, flat: bool) -> None:
     torch.manual_seed(1)
     kind: Any = nn.ConvTranspose2d if flat else nn.ConvTranspose3d

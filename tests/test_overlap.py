@@ -47,7 +47,7 @@ def test_volume() -> None:
     assert overlap.volume_ml(1000, 0.5 * 0.5 * 4 / 1000) == pytest.approx(1.0, rel=1e-15)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hnp.arrays(bool, (3, 4, 4)), hnp.arrays(bool, (3, 4, 4)))
 def test_ratios_agree_with_sets_of_voxels(first: np.ndarray, second: np.ndarray) -> None:
     ours, theirs = ({tuple(i) for i in np.argwhere(mask)} for mask in (first, second))

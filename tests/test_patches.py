@@ -55,7 +55,7 @@ def test_corner_range(length: int, patch: int) -> None:
         assert abs(-high - (patch - length + high)) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.tuples(st.integers(1, 5), st.integers(1, 19), st.integers(1, 23)))
 def test_a_forced_patch_is_centred_on_foreground_and_inside(step: int, voxel: tuple[int, int, int]) -> None:
     one = case(foreground=((1, *voxel),))

@@ -212,7 +212,7 @@ RECIPES = st.fixed_dictionaries(
 
 
 @given(SHAPES, RECIPES, st.sampled_from([2, 3]), st.booleans(), st.integers(0, 2**16), st.permutations([0, 1, 2]))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_the_way_back_ends_on_the_native_grid(
     shape: tuple[int, int, int], flags: dict[str, Any], dims: int, resampled: bool, seed: int, file_axes: list[int]
 ) -> None:

@@ -49,7 +49,7 @@ def flood(mask: NDArray[np.bool_]) -> list[set[tuple[int, ...]]]:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.4))
 def test_keep_largest_against_a_flood_fill(seed: int, share: float) -> None:
     rng = np.random.default_rng(seed)

@@ -47,7 +47,7 @@ def drawn(seed: int, n_arms: int | None = None, n_cases: int | None = None, infi
 
 
 @given(SEEDS, st.sampled_from(TIES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_ranks_are_those_of_scipy(seed: int, ties: Ties) -> None:
     rng = np.random.default_rng(seed)
     rows = rng.choice([0.0, -0.0, 1.0, 2.5, -3.0, math.inf, 1e-300], (5, int(rng.integers(1, 40))))
@@ -141,7 +141,7 @@ KINDS = ("worst", "drop", "drop-case")
 
 
 @given(SEEDS, st.sampled_from(EVEN), st.sampled_from(TIES), st.sampled_from(KINDS), st.sampled_from(("exact", *KINDS)))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_schemes_are_what_plain_loops_give(seed: int, scheme: object, ties: Ties, holes: str, unending: str) -> None:
     assert isinstance(scheme, type(EVEN[0]))
     cube = drawn(seed, holes=True)
@@ -179,7 +179,7 @@ def picked(ready: Prepared, arms: NDArray[np.intp], cases: NDArray[np.intp], met
 
 
 @given(SEEDS, st.sampled_from(tuple(SCHEMES.values())), st.sampled_from(TIES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_order_of_arms_cases_and_metrics_does_not_matter(seed: int, scheme: object, ties: Ties) -> None:
     assert isinstance(scheme, type(EVEN[0]))
     rng = np.random.default_rng(seed)
@@ -199,7 +199,7 @@ def test_the_order_of_arms_cases_and_metrics_does_not_matter(seed: int, scheme: 
 
 
 @given(SEEDS, st.sampled_from(TIES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_monotone_change_of_units_leaves_ranks_of_cases_and_medians_of_odd_n(seed: int, ties: Ties) -> None:
     cube = drawn(seed, n_cases=7)
     with np.errstate(over="ignore"):
@@ -226,7 +226,7 @@ def test_one_arm_and_one_case() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_sums_are_exact_to_46_bits_of_the_largest_value(seed: int) -> None:
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(4, 50)) * 10.0 ** rng.integers(-300, 300, (4, 1)).astype(float)
@@ -263,7 +263,7 @@ def test_zero_times_infinity_is_nothing() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_signed_ranks_are_those_of_scipy(seed: int) -> None:
     """Also for a resample: a case drawn k times is k pairs."""
     rng = np.random.default_rng(seed)

@@ -59,7 +59,7 @@ def test_weights_refuse_nonsense() -> None:
 
 
 @given(SEEDS, st.sampled_from(EVEN), st.sampled_from(TIES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_resample_is_ranked_as_a_data_set_of_its_own(seed: int, scheme: object, ties: Ties) -> None:
     """Each drawn case is written out as often as it was drawn, and the whole scheme runs on that."""
     assert isinstance(scheme, type(EVEN[0]))
@@ -114,7 +114,7 @@ def test_intervals_are_order_statistics() -> None:
 
 
 @given(SEEDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_tau_is_scipys(seed: int) -> None:
     rng = np.random.default_rng(seed)
     n, spread = int(rng.integers(2, 60)), int(rng.choice([2, 5, 100]))

@@ -14,7 +14,7 @@ SIZES = st.integers(1, 9)
 
 
 @given(st.tuples(SIZES, SIZES, SIZES), st.tuples(SIZES, SIZES, SIZES), st.sampled_from([0, 1, 3]), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_resize_equals_scipys_zoom_clipped(before: tuple[int, ...], after: tuple[int, ...], order: int, seed: int) -> None:
     image = np.random.default_rng(seed).normal(size=before)
     factors = [n_out / n_in for n_out, n_in in zip(after, before, strict=True)]

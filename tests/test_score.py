@@ -106,7 +106,7 @@ def test_strict_differs_from_instance2022_in_nothing_but_smoothing_and_empties()
     assert loose == strict
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), st.tuples(*[st.integers(0, 4)] * 3), st.sampled_from(sorted(PROTOCOLS)))
 def test_a_valid_pair_never_raises(data: st.DataObject, shape: tuple[int, int, int], protocol: str) -> None:
     """Zero-size, one-voxel, one-slice, full and empty masks included; dice, hd, nsd and assd do not care which is which."""

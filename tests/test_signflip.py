@@ -22,7 +22,7 @@ def brute_force(differences: list[float]) -> float:
     return hits / len(patterns)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.35]), min_size=1, max_size=9))
 def test_exact_p_by_enumeration_also_with_ties_and_zeros(differences: list[float]) -> None:
     assert sign_flip_p(np.array(differences)[:, None])[0] == pytest.approx(brute_force(differences))
@@ -83,7 +83,7 @@ def test_holm_by_worked_examples() -> None:
     assert math.isnan(found[1])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_holm_by_its_definition(p_values: list[float]) -> None:
     # rejected at alpha: while the i-th smallest p is at most alpha / (m - i), one after the other

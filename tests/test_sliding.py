@@ -86,7 +86,7 @@ def image(*shape: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.tuples(st.integers(1, 9), st.integers(1, 20), st.integers(1, 20)),
     st.tuples(st.integers(2, 6), st.integers(2, 12), st.integers(2, 12)),

@@ -82,7 +82,7 @@ def brute_force(
     return image.astype(np.float32), labels
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 100_000),
     st.sampled_from([(5, 5, 5), (2, 8, 8), (8, 9), (4, 6, 7)]),
@@ -177,7 +177,7 @@ def test_turning_there_and_back() -> None:
     assert abs(int(third[1].sum()) - int(blob.sum())) < 0.05 * blob.sum()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 100_000), st.sampled_from([CUBE, SLAB, (16, 20), (12, 10, 14)]))
 def test_geometry_on_a_linear_image(step: int, patch: tuple[int, ...]) -> None:
     """An image that is its own coordinate is read back at the turned and scaled place."""

@@ -32,7 +32,7 @@ def test_the_folds_are_nnunets(n: int, validation: list[tuple[int, ...]]) -> Non
 
 
 @given(st.integers(2, 7), st.integers(0, 40), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_folds_partition_the_cases_and_never_part_a_patient(n_folds: int, extra: int, per_patient: int) -> None:
     ids = names(n_folds * max(per_patient, 1) + extra)
     groups = {case: f"p{i // per_patient}" if per_patient and i % 3 else None for i, case in enumerate(ids)}

@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 LENGTHS = st.integers(1, 2 * TOGETHER + 3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(LENGTHS, st.integers(1, 40), st.integers(1, 40))
 def test_swapped_is_a_transpose(n: int, h: int, w: int) -> None:
     """Also of values that a sum would spoil."""
@@ -36,7 +36,7 @@ def matrix_of(given: Mix, length: int) -> np.ndarray:
     return out
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 10_000), st.tuples(LENGTHS, LENGTHS, LENGTHS), st.tuples(LENGTHS, LENGTHS, LENGTHS), st.integers(1, 3), st.booleans())
 def test_any_mix_is_a_product_of_matrices(
     seed: int, size: tuple[int, int, int], new: tuple[int, int, int], channels: int, slices_stay: bool

@@ -159,7 +159,7 @@ def test_constant_data_have_zero_width(constant: float, n: int) -> None:
     assert summary.sd == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=12), st.randoms(use_true_random=False))
 def test_row_order_does_not_matter(values: list[float], shuffler: random.Random) -> None:
     rows = [row for seed in ("0", "1") for row in rows_of(numbered(values), seed=seed)]
@@ -168,7 +168,7 @@ def test_row_order_does_not_matter(values: list[float], shuffler: random.Random)
     assert repr(summarise(rows, ("dice",), resamples=200)) == repr(summarise(mixed, ("dice",), resamples=200))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12), st.floats(-1000, 1000), st.sampled_from([0.5, 1.0, 3.0]))
 def test_the_interval_moves_and_stretches_with_the_data(values: list[float], shift: float, scale: float) -> None:
     data = np.array(values)

@@ -266,7 +266,7 @@ def corners(mask: np.ndarray, spacing: tuple[float, ...]) -> list[tuple[tuple[in
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs(), EDGES_MM)
 def test_brute_force(masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float]) -> None:
     first, second = (corners(mask, spacing) for mask in masks)
@@ -287,7 +287,7 @@ def summary(record: SurfaceDistances) -> list[float]:
     return [surface.nsd(record, 0.9), surface.nsd(record, 2.1), surface.hausdorff(record, 100), surface.assd(record)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs(), EDGES_MM, MOVES)
 def test_turning_mirroring_padding_and_swapping_change_nothing(
     masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float], move: Move
@@ -295,7 +295,7 @@ def test_turning_mirroring_padding_and_swapping_change_nothing(
     check_unmoved(lambda *pair: summary(surface_record(*pair)), masks, spacing, move)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs(), EDGES_MM, st.sampled_from([0.25, 2.0, 8.0]))
 def test_scaling_space_scales_distances(masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float], factor: float) -> None:
     """Powers of two, so that the scaled numbers are exact and the comparison is too."""
@@ -306,7 +306,7 @@ def test_scaling_space_scales_distances(masks: tuple[np.ndarray, np.ndarray], sp
     assert surface.assd(scaled) == pytest.approx(factor * surface.assd(record), rel=1e-14)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pairs(), EDGES_MM)
 def test_order_of_the_metrics(masks: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float]) -> None:
     record = surface_record(masks[0], masks[1], spacing)

@@ -21,7 +21,7 @@ from ichbench.scoring.tables import percentiles, wide_csv
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1, max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.dictionaries(st.tuples(NAMES, NAMES, NAMES, NAMES, NAMES), st.floats(), max_size=8))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, table: dict[tuple[str, ...], float]) -> None:
     path = tmp_path_factory.mktemp("scores") / "scores.csv"
@@ -117,7 +117,7 @@ def test_wide_has_one_line_per_case_in_the_order_of_the_protocol(tmp_path: Path)
     assert wide_csv([], "strict") == "arm,fold,seed,case\n"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.dictionaries(st.tuples(st.sampled_from("ab"), st.sampled_from("12345"), st.sampled_from(["dice", "nsd@1.0", "hd/2"])), st.floats())
 )
@@ -170,7 +170,7 @@ def test_aggregates_are_those_of_pandas(name: str) -> None:
     assert repr(aggregate(rows[::-1])) == repr([found])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12), st.integers(0, 3))
 def test_percentiles_beside_infinite_values(numbers: list[float], n_infinite: int) -> None:
     """As NumPy for finite values; with infinite ones what a very large number would give, up to that number's own size."""

@@ -50,7 +50,7 @@ def convolved(x: Tensor, weight: Tensor, axes: tuple[int, ...]) -> Tensor:
     rows=st.sampled_from([1, 7, 64]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_same_function_in_float64(way: Any, shape: Any, channels: Any, rows: int, seed: int) -> None:
     (kernel, axes), (samples, *spatial) = way, shape
     generator = torch.Generator().manual_seed(seed)
